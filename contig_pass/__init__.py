@@ -1,0 +1,37 @@
+"""Layout safety for quantised kernels under ``torch.compile``: the public names."""
+
+from contig_pass.backend import contig_safe
+from contig_pass.contracts import register_contract, unregister_contract
+from contig_pass.contracts.rules import (
+    AlignedPitch,
+    AlignedPointer,
+    ColumnMajor,
+    Dense,
+    Multiple,
+    NoOverlap,
+    RowMajor,
+    Rule,
+    UnitStrideLast,
+)
+from contig_pass.errors import ContigPassError
+from contig_pass.report.log import forget_reports, last_reports
+from contig_pass.report.model import Report
+
+__all__ = [
+    "AlignedPitch",
+    "AlignedPointer",
+    "ColumnMajor",
+    "ContigPassError",
+    "Dense",
+    "Multiple",
+    "NoOverlap",
+    "Report",
+    "RowMajor",
+    "Rule",
+    "UnitStrideLast",
+    "contig_safe",
+    "forget_reports",
+    "last_reports",
+    "register_contract",
+    "unregister_contract",
+]

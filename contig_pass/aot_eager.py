@@ -1,0 +1,53 @@
+"""``inner="aot_eager"``: repair the graph and run it as it stands, without Inductor.
+
+For tests and for a look at what the pass does: ``functorch.compile`` traces the program to ATen
+ops, the pass repairs the graph, and each op runs eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from functorch.compile import aot_module_simplified, make_boxed_func
+from torch import fx
+from torch._functorch.aot_autograd import get_aot_graph_name
+
+from contig_pass.inputs import reached_inputs, realigned
+from contig_pass.options import Options
+from contig_pass.pipeline import repair
+from contig_pass.report.model import Report
+
+
+def compile_with_aot_eager(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    deliver: Callable[[Report], None],
+) -> Callable[..., Any]:
+    """Trace ``module`` to ATen ops, repair the graph, and return it to be run eagerly.
+
+    Inputs that a contract can reach are realigned at run time where they do not start on 16
+    bytes. The graph is functional, so a realigned input is never one that is written to.
+    """
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        del inputs
+        reached = reached_inputs(graph.graph)
+        names = frozenset(node.name for node in reached)
+        deliver(
+            repair(graph.graph, options, names, name=get_aot_graph_name(), pinning=False)
+        )
+        graph.recompile()
+        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        positions = [i for i, node in enumerate(placeholders) if node in reached]
+
+        def run(*args: Any) -> Any:
+            args = list(args)  # type: ignore[assignment]
+            for position in positions:
+                args[position] = realigned(args[position])  # type: ignore[index]
+            return graph.forward(*args)
+
+        return make_boxed_func(run)
+
+    return aot_module_simplified(module, example_inputs, fw_compiler=compiler)

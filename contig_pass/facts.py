@@ -1,0 +1,88 @@
+"""What is known of the memory behind an FX node, before anything is compiled.
+
+Sizes and strides come from the node's fake tensor. The address needs more care: a fake tensor's
+storage offset counts from a storage whose own address says nothing. So the chain of views is
+followed to its root, and the offset is judged in bytes relative to what that root is known to
+start on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from contig_pass.callsite import view_base
+from contig_pass.layout import ABSOLUTE, FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout
+
+#: Kinds of root.
+INPUT = "input"
+CONSTANT = "constant"
+COMPUTED = "computed"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """The layout of a node's value and where its memory comes from.
+
+    Attributes:
+        layout: sizes, strides, byte offset.
+        root: the node that owns the memory.
+        kind: ``"input"``, ``"constant"`` or ``"computed"``.
+    """
+
+    layout: Layout
+    root: fx.Node
+    kind: str
+
+    @property
+    def binding(self) -> bool:
+        """Whether the compiler cannot choose another layout than this.
+
+        It lays computed values out as it likes, unless a node holds it to one.
+        """
+        return self.kind != COMPUTED
+
+
+def fact_of(node: fx.Node, aligned_inputs: Set[str]) -> Fact:
+    """The fact about ``node``'s value.
+
+    Args:
+        node: a node whose ``meta["val"]`` is a fake tensor.
+        aligned_inputs: names of the placeholders that are realigned at run time to
+            :data:`~contig_pass.layout.INPUT_ALIGNMENT` bytes; nothing is known of others.
+    """
+    root = node
+    while (base := view_base(root)) is not None:
+        root = base
+    value = node.meta["val"]
+    offset = value.storage_offset() * value.dtype.itemsize
+    base_alignment, kind = FRESH_ALIGNMENT, COMPUTED
+    if root.op == "placeholder":
+        owner = root.meta["val"]
+        offset = offset - owner.storage_offset() * owner.dtype.itemsize
+        base_alignment = INPUT_ALIGNMENT if root.name in aligned_inputs else owner.dtype.itemsize
+        kind = INPUT
+    elif root.op == "get_attr":
+        kind = CONSTANT
+        constant = _attribute(root)
+        if isinstance(constant, torch.Tensor) and type(constant) in _REAL_TENSORS:
+            offset = offset - constant.storage_offset() * constant.dtype.itemsize
+            offset = offset + constant.data_ptr()
+            base_alignment = ABSOLUTE
+    layout = Layout(
+        tuple(value.shape), tuple(value.stride()), offset, base_alignment, value.dtype, value.device
+    )
+    return Fact(layout, root, kind)
+
+
+_REAL_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _attribute(node: fx.Node) -> object:
+    held: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        held = getattr(held, part, None)
+    return held

@@ -1,0 +1,1 @@
+"""The only room that touches Inductor's private names."""

@@ -1,0 +1,107 @@
+"""How Inductor lowers the two ops of :mod:`contig_pass.inductor.ops`.
+
+``contiguous`` becomes a pointwise copy into a buffer whose layout is frozen: the scheduler fuses
+it with the producer, and neither ``cat`` nor a later layout decision can move it. ``pin`` freezes
+the buffer that is there and emits nothing, unless the buffer lies elsewhere than the graph says.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from contig_pass.contracts.rules import parse_order
+from contig_pass.inductor.ops import contiguous_op, pin_op
+
+#: Inductor's C++ backend cannot load or store these; their bytes it can.
+_AS_BYTES = tuple(
+    getattr(torch, name)
+    for name in ("float8_e8m0fnu", "float4_e2m1fn_x2")
+    if hasattr(torch, name)
+)
+
+
+@functools.cache
+def install() -> None:
+    """Register the lowerings with Inductor, once a process."""
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(contiguous_op(), type_promotion_kind=None)(_lower_contiguous)
+    register_lowering(pin_op(), type_promotion_kind=None)(_lower_pin)
+
+
+def _lower_contiguous(x: Any, order: str) -> Any:
+    size = x.get_size()
+    strides: list[sympy.Expr] = [sympy.S.One] * len(size)
+    step: sympy.Expr = sympy.S.One
+    for dim in reversed(parse_order(order, len(size))):
+        strides[dim] = step
+        step = step * size[dim]
+    return _fresh(x, strides)
+
+
+def _lower_pin(x: Any, alignment: int) -> Any:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    value = V.graph.current_node.meta["val"]
+    strides = [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    held = ir.ExternKernel.require_exact_strides(x, strides)
+    if _starts_aligned(held, alignment):
+        return held
+    return _fresh(held, strides)
+
+
+def _fresh(x: Any, strides: Sequence[sympy.Expr]) -> Any:
+    """A copy of ``x`` in a buffer of its own with exactly these strides."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import lowerings
+
+    dtype = x.get_dtype()
+    view_as = lowerings[torch.ops.aten.view.dtype]
+    if dtype in _AS_BYTES:
+        x = view_as(x, torch.uint8)
+    copy = ir.ExternKernel.copy_input(x)
+    ir.as_storage_and_layout(copy, freeze=True, want_contiguous=False, exact_strides=strides)
+    return view_as(copy, dtype) if dtype in _AS_BYTES else copy
+
+
+def _starts_aligned(x: Any, alignment: int) -> bool:
+    """Whether the first byte of realized ``x`` provably lies on a multiple of ``alignment``."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    if isinstance(x, (ir.TensorBox, ir.StorageBox)):
+        return _starts_aligned(x.data, alignment)
+    if isinstance(x, ir.ReinterpretView):
+        return _multiple(x.layout, alignment) and _starts_aligned(x.data, alignment)
+    if isinstance(x, ir.BaseView):
+        return _starts_aligned(x.unwrap_view(), alignment)
+    if not isinstance(x, ir.Buffer):
+        return True  # not realized: it will get a buffer of its own
+    name = x.get_name()
+    if name in V.graph.graph_inputs:
+        return _checked_at_run_time(name)
+    if isinstance(x.layout, ir.NonOwningLayout):
+        return _starts_aligned(x.layout.view, alignment)
+    if isinstance(x, ir.InputBuffer):
+        return name not in V.graph.unaligned_buffers  # a constant, or a subgraph's input
+    return _multiple(x.get_layout(), alignment)
+
+
+def _multiple(layout: Any, alignment: int) -> bool:
+    from torch._inductor.virtualized import V
+
+    offset = sympy.sympify(layout.offset) * layout.dtype.itemsize
+    return bool(V.graph.sizevars.statically_known_multiple_of(offset, alignment))
+
+
+def _checked_at_run_time(name: str) -> bool:
+    from torch._inductor.virtualized import V
+
+    checked = V.graph.inputs_to_check or ()
+    return V.graph.graph_input_names.index(name) in checked

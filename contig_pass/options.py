@@ -1,0 +1,106 @@
+"""Options of the backend: ours, checked here, and Inductor's, passed through."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from contig_pass.contracts.target import AUTO, Target, parse_target
+from contig_pass.errors import OptionError
+from contig_pass.plan import DENSE, POLICIES
+
+INDUCTOR = "inductor"
+AOT_EAGER = "aot_eager"
+INNERS = (INDUCTOR, AOT_EAGER)
+_OWN = ("policy", "report", "inner", "target")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of one ``torch.compile(..., backend="contig_safe")``.
+
+    Attributes:
+        policy: ``"dense"``, ``"contract"``, ``"audit"`` or ``"strict"``.
+        report: path (``.txt`` or ``.json``) that each graph's report is written to, or a callable
+            that receives each :class:`~contig_pass.Report`; ``None``: neither.
+        inner: ``"inductor"`` or ``"aot_eager"``.
+        target: judge by this device's contracts; ``None``: by each tensor's own device.
+        inductor: Inductor configuration to compile with.
+    """
+
+    policy: str = DENSE
+    report: str | Callable[[Any], None] | None = None
+    inner: str = INDUCTOR
+    target: Target | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def decisive(self) -> str:
+        """The options that change a graph, as text for cache keys."""
+        target = AUTO if self.target is None else self.target.name
+        return f"policy={self.policy} target={target}"
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Check ``mode`` and ``options`` as ``torch.compile`` hands them to the backend.
+
+    Raises:
+        OptionError: an unknown option or mode, or a value that cannot be used.
+    """
+    given = dict(options or {})
+    policy = given.pop("policy", DENSE)
+    if policy not in POLICIES:
+        raise OptionError(f"policy={policy!r}: use {_either(POLICIES)}{_near(policy, POLICIES)}")
+    inner = given.pop("inner", INDUCTOR)
+    if inner not in INNERS:
+        raise OptionError(f"inner={inner!r}: use {_either(INNERS)}{_near(inner, INNERS)}")
+    report = given.pop("report", None)
+    if isinstance(report, os.PathLike):
+        report = os.fspath(report)
+    target = parse_target(given.pop("target", AUTO))
+    inductor = _mode_options(mode)
+    for name, value in given.items():
+        inductor[_inductor_option(name)] = value
+    if inner == AOT_EAGER and inductor:
+        raise OptionError(
+            f"inner='aot_eager' compiles nothing, so it takes no mode and no Inductor option: "
+            f"remove {', '.join(sorted(inductor))}"
+        )
+    return Options(policy, report, inner, target, inductor)
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    import torch._inductor
+
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise OptionError(f"mode={mode!r}: use {_either(modes)}{_near(mode, modes)}")
+    return dict(modes[mode])
+
+
+def _inductor_option(name: str) -> str:
+    """``name`` with dots, if Inductor has such an option."""
+    import torch._inductor
+
+    known = torch._inductor.list_options()
+    dotted = str(name).replace("-", "_")
+    if dotted in known:
+        return dotted
+    raise OptionError(
+        f"unknown option {name!r}{_near(dotted, [*_OWN, *known])}; contig_safe has "
+        f"{', '.join(_OWN)}, and takes any option of torch._inductor.config"
+    )
+
+
+def _either(names: Any) -> str:
+    *others, last = [repr(name) for name in names]
+    return f"{', '.join(others)} or {last}"
+
+
+def _near(name: object, names: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

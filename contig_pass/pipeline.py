@@ -1,0 +1,43 @@
+"""Analysis, plan, rewrite and report of one graph, in that order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Set
+
+from torch import fx
+
+from contig_pass.analysis import analyse
+from contig_pass.options import Options
+from contig_pass.plan import AUDIT, DENSE, make_plan
+from contig_pass.report.diff import hunks_of, lines_of
+from contig_pass.report.model import Report, make_report
+from contig_pass.rewrite import apply_plan
+
+
+def repair(
+    graph: fx.Graph, options: Options, aligned_inputs: Set[str], *, name: str, pinning: bool
+) -> Report:
+    """Make every bound use of ``graph`` legal, in place, and report what was done.
+
+    Args:
+        graph: an ATen graph whose nodes carry fake tensors.
+        options: policy and target.
+        aligned_inputs: names of the placeholders that are realigned at run time.
+        name: the graph's name in the report.
+        pinning: hold the compiler to layouts that are right already; pointless where the graph
+            is run as it stands.
+
+    Raises:
+        LayoutViolation: policy ``strict``, and a use can be neither proved nor repaired.
+    """
+    started = time.perf_counter()
+    density = options.policy in (DENSE, AUDIT)
+    analysis = analyse(
+        graph, aligned_inputs=aligned_inputs, density=density, target=options.target
+    )
+    plan = make_plan(analysis, options.policy, pinning=pinning)
+    before = lines_of(plan)
+    copies = apply_plan(graph, plan)
+    hunks = hunks_of(plan, copies, before)
+    return make_report(name, analysis, plan, copies, hunks, time.perf_counter() - started)

@@ -1,0 +1,67 @@
+"""The graph diff: how the nodes around each fix read before and after, with strides and offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from contig_pass.plan import Fix, Plan
+from contig_pass.provenance import origin_of
+from contig_pass.report.model import Hunk
+
+
+def node_line(node: fx.Node) -> str:
+    """``name: dtype[shape][strides]@offset = op(args)``, the offset in bytes of its storage."""
+    return f"{node.name}: {_memory(node.meta.get('val'))} = {_op(node)}({_arguments(node)})"
+
+
+def lines_of(plan: Plan) -> dict[fx.Node, str]:
+    """The lines of every consumer that ``plan`` will rewire, as they read now."""
+    return {use.node: node_line(use.node) for fix in plan.fixes for use in fix.uses}
+
+
+def hunks_of(
+    plan: Plan, copies: Mapping[Fix, fx.Node], before: Mapping[fx.Node, str]
+) -> tuple[Hunk, ...]:
+    """One hunk a fix: the source, the inserted copy, and each consumer before and after."""
+    hunks = []
+    for fix in plan.fixes:
+        lines = [(" ", node_line(fix.source)), ("+", node_line(copies[fix]))]
+        for consumer in dict.fromkeys(use.node for use in fix.uses):
+            lines += [("-", before[consumer]), ("+", node_line(consumer))]
+        hunks.append(Hunk(origin_of(fix.uses[0].node).module, tuple(lines)))
+    return tuple(hunks)
+
+
+def _memory(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        offset = value.storage_offset() * value.dtype.itemsize
+        return f"{dtype}[{_numbers(value.shape)}][{_numbers(value.stride())}]@{offset}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_memory(item) for item in value) + ")"
+    return type(value).__name__
+
+
+def _numbers(values: object) -> str:
+    return ", ".join(str(v) for v in values)  # type: ignore[attr-defined]
+
+
+def _op(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
+
+
+def _arguments(node: fx.Node) -> str:
+    args = [_argument(a) for a in node.args]
+    args += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+    return ", ".join(args)
+
+
+def _argument(value: object) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_argument(item) for item in value) + "]"
+    return repr(value) if isinstance(value, str) else str(value)

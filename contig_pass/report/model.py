@@ -1,0 +1,321 @@
+"""One Report object; every renderer and every file is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from contig_pass.analysis import Analysis, Use
+from contig_pass.cost import bandwidth_of
+from contig_pass.layout import IntLike, Layout
+from contig_pass.plan import Fix, Plan, Skip
+from contig_pass.provenance import origin_of
+
+#: Version of the JSON form of a report.
+SCHEMA_VERSION = 1
+
+FIX = "fix"
+SKIP = "skip"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One state of an operand's memory.
+
+    Attributes:
+        strides: in elements; symbolic ones as text.
+        offset: bytes from the start of its memory (for a graph input: from the input's first
+            element, which is realigned at run time); symbolic as text.
+        alignment: largest power of two up to 64 that the address is known to be a multiple of.
+    """
+
+    strides: tuple[int | str, ...]
+    offset: int | str
+    alignment: int
+
+    @classmethod
+    def of(cls, layout: Layout) -> Place:
+        """The place that ``layout`` describes."""
+        alignment = next((n for n in (64, 32, 16, 8, 4, 2) if layout.pointer_aligned(n)), 1)
+        return cls(_plain(layout.strides), _plain_int(layout.byte_offset), alignment)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fix or skip: what, where, why and at what price.
+
+    Attributes:
+        kind: ``"fix"`` or ``"skip"``.
+        reason: the demand that is not met, or why the use is left alone.
+        rules: the rules that are broken or cannot be proved.
+        source: where the contract comes from.
+        op, operand, node: the use: op and operand name, and the consumer's name in the graph.
+        dtype, shape, device: of the operand.
+        before, after: its memory; ``after`` is ``None`` for a skip.
+        order: order of the copy; ``None`` for a skip.
+        copy: name of the inserted node; rows with equal names share one copy.
+        nbytes: bytes read plus written for this copy; 0 for a row that shares another's;
+            ``None`` if symbolic or a skip.
+        microseconds: modelled time for them; likewise.
+        fused: the copy is written by its producer's kernel.
+        module: dotted path of the module in the user's program.
+        file, lineno, code: the user's source line.
+    """
+
+    kind: str
+    reason: str
+    rules: tuple[str, ...]
+    source: str
+    op: str
+    operand: str
+    node: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    device: str
+    before: Place
+    after: Place | None
+    order: str | None
+    copy: str | None
+    nbytes: int | None
+    microseconds: float | None
+    fused: bool
+    module: str
+    file: str
+    lineno: int
+    code: str
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """The graph around one fix: lines of the graph, each behind ``" "``, ``"-"`` or ``"+"``.
+
+    Attributes:
+        module: dotted path of the module of the first use.
+        lines: (mark, text) pairs.
+    """
+
+    module: str
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a report.
+
+    Attributes:
+        nodes: nodes of the graph before the pass.
+        uses: uses that a contract binds.
+        clean: uses that were legal already.
+        fixes: copies inserted.
+        fixed_uses: uses that read them.
+        skips: uses left alone with a reason.
+        pins: values that the compiler is held to the layout of.
+        nbytes: bytes read plus written by the copies, where known.
+        microseconds: modelled time of the copies, where known.
+    """
+
+    nodes: int
+    uses: int
+    clean: int
+    fixes: int
+    fixed_uses: int
+    skips: int
+    pins: int
+    nbytes: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found and done in one compiled graph (or, merged, in several).
+
+    Attributes:
+        graph: name of the graph, such as ``"model__0_inference_0"``.
+        policy: the policy it was planned under.
+        targets: devices whose demands counted, such as ``("sm90",)``.
+        bandwidth: what the modelled times rest on.
+        totals: sums.
+        rows: every fix and every skip.
+        hunks: the graph diff.
+        seconds: time that analysis, plan and rewrite took.
+    """
+
+    graph: str
+    policy: str
+    targets: tuple[str, ...]
+    bandwidth: str
+    totals: Totals
+    rows: tuple[Row, ...]
+    hunks: tuple[Hunk, ...]
+    seconds: float = 0.0
+
+    @property
+    def fixes(self) -> tuple[Row, ...]:
+        """The rows that are fixes."""
+        return tuple(row for row in self.rows if row.kind == FIX)
+
+    @property
+    def skips(self) -> tuple[Row, ...]:
+        """The rows that are skips."""
+        return tuple(row for row in self.rows if row.kind == SKIP)
+
+    @property
+    def clean(self) -> bool:
+        """Nothing was broken and nothing was inserted."""
+        return not self.rows
+
+    def __str__(self) -> str:
+        from contig_pass.report.text import to_text
+
+        return to_text(self)
+
+
+def make_report(
+    name: str,
+    analysis: Analysis,
+    plan: Plan,
+    copies: dict[Fix, fx.Node],
+    hunks: tuple[Hunk, ...],
+    seconds: float,
+) -> Report:
+    """The report of one graph after its plan was carried out.
+
+    Args:
+        name: the graph's name.
+        analysis: what was found.
+        plan: what was decided.
+        copies: the node that each fix became.
+        hunks: the graph diff.
+        seconds: time that the pass took.
+    """
+    rows = [row for fix in plan.fixes for row in _fix_rows(fix, copies[fix].name)]
+    rows += [_skip_row(skip) for skip in plan.skips]
+    targets = sorted({use.target.name: use.target for use in analysis.uses}.items())
+    totals = Totals(
+        nodes=analysis.nodes,
+        uses=len(analysis.uses),
+        clean=sum(use.clean for use in analysis.uses),
+        fixes=len(plan.fixes),
+        fixed_uses=sum(len(fix.uses) for fix in plan.fixes),
+        skips=len(plan.skips),
+        pins=len(plan.pins),
+        nbytes=sum(fix.nbytes or 0 for fix in plan.fixes),
+        microseconds=sum(fix.microseconds or 0.0 for fix in plan.fixes),
+    )
+    return Report(
+        graph=name,
+        policy=plan.policy,
+        targets=tuple(target_name for target_name, _ in targets),
+        bandwidth="; ".join(
+            f"{target_name}: {bandwidth_of(target).describe()}" for target_name, target in targets
+        ),
+        totals=totals,
+        rows=tuple(rows),
+        hunks=hunks,
+        seconds=seconds,
+    )
+
+
+def merge(reports: list[Report]) -> Report:
+    """Several graphs' reports as one; sums add up, rows follow each other.
+
+    Raises:
+        ValueError: no reports given.
+    """
+    if not reports:
+        raise ValueError("merge needs at least one report")
+    if len(reports) == 1:
+        return reports[0]
+    sums = {
+        name: sum(getattr(report.totals, name) for report in reports)
+        for name in Totals.__dataclass_fields__
+    }
+    first = reports[0]
+    return replace(
+        first,
+        graph=", ".join(report.graph for report in reports),
+        targets=tuple(sorted({t for report in reports for t in report.targets})),
+        bandwidth="; ".join(dict.fromkeys(r.bandwidth for r in reports if r.bandwidth)),
+        totals=Totals(**sums),
+        rows=tuple(row for report in reports for row in report.rows),
+        hunks=tuple(hunk for report in reports for hunk in report.hunks),
+        seconds=sum(report.seconds for report in reports),
+    )
+
+
+def _fix_rows(fix: Fix, copy: str) -> list[Row]:
+    rows = []
+    for position, use in enumerate(fix.uses):
+        first = position == 0
+        rows.append(
+            _row(
+                FIX,
+                use,
+                reason=_broken(use),
+                after=Place.of(fix.after),
+                order=fix.order,
+                copy=copy,
+                nbytes=fix.nbytes if first else 0,
+                microseconds=fix.microseconds if first else 0.0,
+                fused=fix.fused,
+            )
+        )
+    return rows
+
+
+def _skip_row(skip: Skip) -> Row:
+    return _row(SKIP, skip.use, reason=skip.reason)
+
+
+def _broken(use: Use) -> str:
+    parts = [f"not {rule.describe()}" for rule in use.broken]
+    parts += [f"cannot be proved {rule.describe()}" for rule in use.unknown]
+    return "; ".join(parts)
+
+
+def _row(
+    kind: str,
+    use: Use,
+    *,
+    reason: str,
+    after: Place | None = None,
+    order: str | None = None,
+    copy: str | None = None,
+    nbytes: int | None = None,
+    microseconds: float | None = None,
+    fused: bool = False,
+) -> Row:
+    layout = use.fact.layout
+    origin = origin_of(use.node)
+    return Row(
+        kind=kind,
+        reason=reason,
+        rules=tuple(rule.describe() for rule in (*use.broken, *use.unknown)),
+        source=use.contract.source,
+        op=use.contract.op,
+        operand=use.operand.name,
+        node=use.node.name,
+        dtype=str(layout.dtype).removeprefix("torch."),
+        shape=_plain(layout.shape),
+        device=str(layout.device),
+        before=Place.of(layout),
+        after=after,
+        order=order,
+        copy=copy,
+        nbytes=nbytes,
+        microseconds=microseconds,
+        fused=fused,
+        module=origin.module,
+        file=origin.file,
+        lineno=origin.lineno,
+        code=origin.code,
+    )
+
+
+def _plain(values: tuple[IntLike, ...]) -> tuple[int | str, ...]:
+    return tuple(_plain_int(value) for value in values)
+
+
+def _plain_int(value: IntLike) -> int | str:
+    return value if isinstance(value, int) else str(value)
