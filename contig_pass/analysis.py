@@ -98,7 +98,7 @@ def _judge(
     found = {operand.name: operand for operand in operands(node, op)}
     if not found:
         return []
-    facts = {name: fact_of(operand.node, aligned_inputs) for name, operand in found.items()}
+    facts = {name: fact_of(operand, aligned_inputs) for name, operand in found.items()}
     device = next(iter(facts.values())).layout.device
     call = Call(
         op,

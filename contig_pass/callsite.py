@@ -18,6 +18,8 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import (
     auto_functionalized,
     auto_functionalized_v2,
+    get_mutable_args,
+    read_view_information_from_args,
 )
 
 
@@ -28,12 +30,15 @@ class Operand:
     Attributes:
         argument: name in the op's schema.
         index: position in a list argument, else ``None``.
-        node: the FX node that produces the tensor.
+        node: the FX node that produces the tensor; for an argument that the op writes to behind
+            ``auto_functionalized_v2``, the node that owns its memory.
+        value: the operand's fake tensor.
     """
 
     argument: str
     index: int | None
     node: fx.Node
+    value: torch.Tensor
 
     @property
     def name(self) -> str:
@@ -58,28 +63,53 @@ def is_functionalized(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node, op: torch._ops.OpOverload) -> dict[str, Any]:
     """Arguments given at ``node`` by schema name; what the node leaves to defaults is absent."""
+    names = _argument_names(op)
     if is_functionalized(node):
-        named = {argument.name for argument in op._schema.arguments}
-        return {name: value for name, value in node.kwargs.items() if name in named}
-    given = {
-        argument.name: value
-        for argument, value in zip(op._schema.arguments, node.args, strict=False)
-    }
-    return {**given, **node.kwargs}
+        return {name: value for name, value in node.kwargs.items() if name in names}
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@functools.cache
+def _argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op._schema.arguments)
 
 
 def operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
     """Tensor operands given at ``node``, each tensor of a list by itself."""
     for name, value in arguments(node, op).items():
         if isinstance(value, fx.Node):
-            if isinstance(value.meta.get("val"), torch.Tensor):
-                yield Operand(name, None, value)
+            yield from _operand(name, None, value)
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):
-                if isinstance(item, fx.Node) and isinstance(item.meta.get("val"), torch.Tensor):
-                    yield Operand(name, index, item)
+                if isinstance(item, fx.Node):
+                    yield from _operand(name, index, item)
+    if node.target is auto_functionalized_v2:
+        yield from _written_operands(node, op)
 
 
+def _operand(argument: str, index: int | None, node: fx.Node) -> Iterator[Operand]:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        yield Operand(argument, index, node, value)
+
+
+def _written_operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
+    """Arguments that the op writes to: each is a view, spelt out in the node's other keywords, of
+    a base among ``_all_bases``."""
+    names, types = get_mutable_args(op)
+    kwargs = dict(fx.node.map_arg(node.kwargs, lambda arg: arg.meta["val"]))
+    bases = kwargs["_all_bases"]
+    views = read_view_information_from_args(names, types, kwargs, bases)
+    for name, view in views.items():
+        listed = view if isinstance(view, list) else [view]
+        for index, info in enumerate(listed):
+            if info is not None:
+                owner = node.kwargs["_all_bases"][info.base_index]
+                position = index if isinstance(view, list) else None
+                yield Operand(name, position, owner, info.regenerate_view(bases))
+
+
+@functools.cache
 def mutated_arguments(op: torch._ops.OpOverload) -> frozenset[str]:
     """Names of the arguments that ``op`` writes to, by its schema."""
     return frozenset(
@@ -97,7 +127,7 @@ def replace_operand(
     ``meta["eager_input_vals"]`` is rewritten as well: Inductor restores the strides it holds, so
     a fix that left it as it was would be undone.
     """
-    position = None if is_functionalized(node) else _position(op, operand.argument)
+    position = None if is_functionalized(node) else _argument_names(op).index(operand.argument)
     node.args, node.kwargs = _with_operand(
         node.args, node.kwargs, position, operand, new
     )
@@ -106,10 +136,6 @@ def replace_operand(
         node.meta["eager_input_vals"] = _with_operand(
             *eager, position, operand, new.meta["val"]
         )
-
-
-def _position(op: torch._ops.OpOverload, argument: str) -> int:
-    return next(i for i, a in enumerate(op._schema.arguments) if a.name == argument)
 
 
 def _with_operand(

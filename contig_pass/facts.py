@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from contig_pass.callsite import view_base
+from contig_pass.callsite import Operand, view_base
 from contig_pass.layout import ABSOLUTE, FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout
 
 #: Kinds of root.
@@ -46,18 +46,17 @@ class Fact:
         return self.kind != COMPUTED
 
 
-def fact_of(node: fx.Node, aligned_inputs: Set[str]) -> Fact:
-    """The fact about ``node``'s value.
+def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
+    """The fact about the value of ``operand``.
 
     Args:
-        node: a node whose ``meta["val"]`` is a fake tensor.
+        operand: which operand of which node.
         aligned_inputs: names of the placeholders that are realigned at run time to
             :data:`~contig_pass.layout.INPUT_ALIGNMENT` bytes; nothing is known of others.
     """
-    root = node
+    root, value = operand.node, operand.value
     while (base := view_base(root)) is not None:
         root = base
-    value = node.meta["val"]
     offset = value.storage_offset() * value.dtype.itemsize
     base_alignment, kind = FRESH_ALIGNMENT, COMPUTED
     if root.op == "placeholder":

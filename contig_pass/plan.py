@@ -198,7 +198,7 @@ def _pins(held: list[Use]) -> Iterator[Pin]:
     """Pins for the uses whose layout is to stay and that the compiler could still change."""
     by_source: dict[fx.Node, list[Use]] = {}
     for use in held:
-        if not use.fact.binding and use.fact.layout.is_empty() is not True:
+        if not use.fact.binding and not use.mutated and use.fact.layout.is_empty() is not True:
             by_source.setdefault(use.operand.node, []).append(use)
     for source, uses in by_source.items():
         alignment = max(_alignment(use.rules) for use in uses)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from contig_pass.analysis import Use
 from contig_pass.callsite import replace_operand
-from contig_pass.inductor.ops import contiguous_op, pin_op
+from contig_pass.inductor.ops import contiguous_op, empty_in_order, pin_op
 from contig_pass.plan import Fix, Plan
 
 #: What a new node takes over from its consumer, so that reports, profiles and the pattern
@@ -35,12 +35,13 @@ def apply_plan(graph: fx.Graph, plan: Plan) -> dict[Fix, fx.Node]:
     if not plan.fixes and not plan.pins:
         return {}
     positions = {node: index for index, node in enumerate(graph.nodes)}
-    copies = {
-        fix: _insert(graph, positions, contiguous_op(), (fix.source, fix.order), fix.uses)
-        for fix in plan.fixes
-    }
+    copies = {}
+    for fix in plan.fixes:
+        args = (fix.source, fix.order)
+        copies[fix] = _insert(graph, positions, contiguous_op(), args, _copied(fix), fix.uses)
     for pin in plan.pins:
-        _insert(graph, positions, pin_op(), (pin.source, pin.alignment), pin.uses)
+        value = pin.source.meta["val"]
+        _insert(graph, positions, pin_op(), (pin.source, pin.alignment), value, pin.uses)
     return copies
 
 
@@ -49,6 +50,7 @@ def _insert(
     positions: dict[fx.Node, int],
     op: torch._ops.OpOverload,
     args: tuple,
+    value: torch.Tensor,
     uses: Sequence[Use],
 ) -> fx.Node:
     first = min((use.node for use in uses), key=positions.__getitem__)
@@ -57,16 +59,20 @@ def _insert(
     for key in _INHERITED:
         if key in first.meta:
             new.meta[key] = first.meta[key]
-    new.meta["val"] = _fake_result(op, args)
+    new.meta["val"] = value
     for use in uses:
         replace_operand(use.node, use.op, use.operand, new)
     return new
 
 
-def _fake_result(op: torch._ops.OpOverload, args: tuple) -> torch.Tensor:
-    source, *rest = args
-    value = source.meta["val"]
+def _copied(fix: Fix) -> torch.Tensor:
+    """The fake tensor of a fix's copy: a storage of its own, as the op's fake would make it.
+
+    Made directly, since dispatching ``empty_strided`` takes six times as long.
+    """
+    value = fix.source.meta["val"]
     if not isinstance(value, FakeTensor):
-        return op(value, *rest)
-    with value.fake_mode:
-        return op(value, *rest)
+        return empty_in_order(value, fix.order)
+    with in_kernel_invocation_manager(value.fake_mode):
+        storage = empty_in_order(value, fix.order, device="meta")
+    return FakeTensor(value.fake_mode, storage, value.device)

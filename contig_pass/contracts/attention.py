@@ -15,28 +15,36 @@ from contig_pass.contracts.registry import ATTENTION, Contract, When
 from contig_pass.contracts.rules import AlignedPitch, AlignedPointer, UnitStrideLast
 
 H100 = "measured on an H100, torch 2.11.0+cu130"
+BACKWARD = "the forward kernel's demand, which the same vectorised loads of the backward make"
 CPU_FLASH = "measured on a CPU, torch 2.13.0: wrong values without an error otherwise"
 
 _CUDA = When("CUDA", lambda call: call.target.kind == "cuda")
-_ANYWHERE = When("always", lambda call: True)
 
+_TENSORS = ("query", "key", "value")
 _GPU_OPS = {
-    "aten::_scaled_dot_product_flash_attention.default": None,
-    "aten::_scaled_dot_product_cudnn_attention.default": "attn_bias",
-    "aten::_scaled_dot_product_efficient_attention.default": "attn_bias",
-    "aten::_scaled_dot_product_fused_attention_overrideable.default": "attn_bias",
+    "flash_attention": _TENSORS,
+    "cudnn_attention": (*_TENSORS, "attn_bias"),
+    "efficient_attention": (*_TENSORS, "attn_bias"),
+    "fused_attention_overrideable": (*_TENSORS, "attn_bias"),
+    "flash_attention_backward": ("grad_out", *_TENSORS, "out"),
+    "cudnn_attention_backward": ("grad_out", *_TENSORS, "out", "attn_bias"),
+    "efficient_attention_backward": ("grad_out_", *_TENSORS, "out", "attn_bias"),
+    "fused_attention_overrideable_backward": ("grad_out", *_TENSORS, "out", "attn_bias"),
 }
 
 
 def contracts() -> Iterator[Contract]:
     """Every built-in contract of this family."""
-    gpu_rules = (UnitStrideLast(), AlignedPointer(16), AlignedPitch(16))
-    for op, bias in _GPU_OPS.items():
-        for operand in ("query", "key", "value", *([bias] if bias else [])):
-            yield Contract(op, operand, gpu_rules, H100, _CUDA, ATTENTION, keep_order=True)
+    # A bias that is off by 4 or 8 bytes passes some cuDNN shapes; only 16 is safe for all.
+    rules = (UnitStrideLast(), AlignedPointer(16), AlignedPitch(16))
+    for name, operands in _GPU_OPS.items():
+        op = f"aten::_scaled_dot_product_{name}.default"
+        source = BACKWARD if name.endswith("backward") else H100
+        for operand in operands:
+            yield Contract(op, operand, rules, source, _CUDA, ATTENTION, keep_order=True)
     # The CPU kernel steps through q, k and v by unit stride; it takes a mask of any strides.
-    for operand in ("query", "key", "value"):
+    for operand in _TENSORS:
         yield Contract(
             "aten::_scaled_dot_product_flash_attention_for_cpu.default",
-            operand, (UnitStrideLast(),), CPU_FLASH, _ANYWHERE, ATTENTION, keep_order=True,
+            operand, (UnitStrideLast(),), CPU_FLASH, family=ATTENTION, keep_order=True,
         )

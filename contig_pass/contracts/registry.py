@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import marshal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -244,7 +245,9 @@ def resolve_op(
     namespace, _, rest = str(op).partition("::")
     name, _, overload = rest.partition(".")
     if not rest or not namespace.isidentifier():
-        raise ContractError(f"op {op!r}: name it as 'namespace::name' or 'namespace::name.overload'")
+        raise ContractError(
+            f"op {op!r}: name it as 'namespace::name' or 'namespace::name.overload'"
+        )
     packet = getattr(getattr(torch.ops, namespace), name, None) if name.isidentifier() else None
     if packet is None or not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ContractError(f"unknown op {op!r}{_similar_ops(namespace, name)}")
@@ -266,12 +269,13 @@ def _default_overload(packet: torch._ops.OpOverloadPacket, asked: str) -> torch.
 
 
 def _similar_ops(namespace: str, name: str) -> str:
+    prefix = f"{namespace}::"
     registered = torch._C._dispatch_get_all_op_names()
-    names = sorted({n.split("::")[1].split(".")[0] for n in registered if n.startswith(namespace + "::")})
+    names = {n.removeprefix(prefix).split(".")[0] for n in registered if n.startswith(prefix)}
     if not names:
-        return f": no op is registered in namespace {namespace!r}; import the package that defines it"
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {' or '.join(f'{namespace}::{c}' for c in close)}?" if close else ""
+        return f": import the package that registers ops in namespace {namespace!r}"
+    close = difflib.get_close_matches(name, sorted(names), n=3)
+    return f"; did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
 def tensor_operands(op: torch._ops.OpOverload) -> dict[str, bool]:
@@ -323,5 +327,6 @@ def _join(first: Contract, second: Contract) -> Contract:
 
 
 def _code(when: When) -> str:
+    """The condition's compiled code, the same in every process that runs the same source."""
     code = getattr(when.holds, "__code__", None)
-    return repr(when.holds) if code is None else f"{code.co_code.hex()}{code.co_consts!r}"
+    return type(when.holds).__qualname__ if code is None else marshal.dumps(code).hex()

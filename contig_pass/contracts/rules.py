@@ -171,7 +171,9 @@ class Multiple(Rule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 1 or not isinstance(self.dim, int):
-            raise ContractError(f"Multiple({self.n!r}, dim={self.dim!r}): use n >= 1 and an int dim")
+            raise ContractError(
+                f"Multiple({self.n!r}, dim={self.dim!r}): use an int n >= 1 and an int dim"
+            )
 
     def check(self, layout: Layout) -> Known:
         if not -layout.ndim <= self.dim < layout.ndim:

@@ -28,9 +28,9 @@ H100 = "measured on an H100, torch 2.11.0+cu130, cuBLASLt"
 META = "torch._meta_registrations._check_scaled_mm_sizes and ScaledBlas.cpp"
 META_V2 = "torch._meta_registrations._check_scaled_mm_sizes_v2"
 META_GROUPED = "torch._meta_registrations._meta_grouped_mm_common and GroupedBlas.cpp"
-PR_159957 = "pytorch/pytorch#159957: cuBLASLt reads scale vectors from 16-byte boundaries"
+PR_159957 = "pytorch/pytorch#159957: cuBLASLt reads scales from 16-byte boundaries"
 INDUCTOR = "torch._inductor.kernel.mm.check_supported_striding"
-CUBLASLT_INT8 = "cuBLASLt: int8 matrices start on 16 bytes, leading dimensions are multiples of 4"
+CUBLASLT_INT8 = "cuBLASLt: int8 matrices start on 4 bytes, leading dimensions are multiples of 4"
 
 TENSOR_WISE = "tensor-wise"
 ROW_WISE = "row-wise"
@@ -135,61 +135,42 @@ def _contract(op: str, operand: str, rules: tuple[Rule, ...], source: str, when:
 
 def _matrices(op: str, meta: str) -> Iterator[Contract]:
     a_order, b_order = RowMajor(size_one_counts=True), ColumnMajor(size_one_counts=True)
-    a_sizes, b_sizes = (Multiple(16, -1),), (Multiple(16, -2), Multiple(16, -1))
-    yield _contract(op, "self", (a_order, AlignedPointer(16), *a_sizes), f"{meta}; {H100}", _CUDA)
-    yield _contract(op, "mat2", (b_order, AlignedPointer(16), *b_sizes), f"{meta}; {H100}", _CUDA)
-    # A row pitch of K+4 bytes is accepted with tensor-wise scales and refused with any other.
-    for operand, side in (("self", "a"), ("mat2", "b")):
-        coarse = _scaled(side, TENSOR_WISE)
-        yield _contract(op, operand, (AlignedPitch(4),), H100, coarse)
-        fine = When(
-            f"CUDA, {side} not scaled tensor-wise",
-            lambda call, side=side: call.target.kind == "cuda"
-            and recipe(call, side) != TENSOR_WISE,
-        )
-        yield _contract(op, operand, (AlignedPitch(16),), H100, fine)
+    # Pitches of K+4 to K+12 bytes are refused with row-wise scales. With tensor-wise ones cuBLASLt
+    # accepts them for some shapes and refuses them for others, so only 16 is safe. Rows that
+    # overlap (pitch below K) give wrong values without an error.
+    memory = (AlignedPointer(16), AlignedPitch(16))
+    a_rules = (a_order, *memory, Multiple(16, -1))
+    b_rules = (b_order, *memory, Multiple(16, -2), Multiple(16, -1))
+    yield _contract(op, "self", a_rules, f"{meta}; {H100}", _CUDA)
+    yield _contract(op, "mat2", b_rules, f"{meta}; {H100}", _CUDA)
     yield _contract(op, "self", (a_order,), INDUCTOR, _CPU)
     yield _contract(op, "mat2", (b_order,), INDUCTOR, _CPU)
 
 
 def _bias(op: str) -> Iterator[Contract]:
-    # Misaligned by 2 bytes: an asynchronous "misaligned address" with tensor-wise scales;
-    # by 8 bytes: CUBLAS_STATUS_NOT_SUPPORTED with row-wise ones.
-    dense = Dense("row")
-    coarse = _scaled("a", TENSOR_WISE)
-    yield _contract(op, "bias", (dense, AlignedPointer(4)), H100, coarse)
-    fine = When(
-        "CUDA, not scaled tensor-wise",
-        lambda call: call.target.kind == "cuda" and recipe(call, "a") != TENSOR_WISE,
-    )
-    yield _contract(op, "bias", (dense, AlignedPointer(16)), H100, fine)
+    # Off by an odd number of elements: an asynchronous "misaligned address" or a refusal, by
+    # shape; off by 4 or 8 bytes: accepted for some shapes only. Strided: wrong values.
+    yield _contract(op, "bias", (Dense("row"), AlignedPointer(16)), H100, _CUDA)
 
 
 def _scales(op: str, meta: str) -> Iterator[Contract]:
     outer_major = {"a": Dense("column"), "b": Dense("row")}
     if op.startswith("aten::_scaled_mm_v2"):
         outer_major["b"] = Dense("column")  # b's scales come as (N, K/128) there
+    in_order = Dense("row")
     for side in "ab":
-        operand = f"scale_{side}"
-        yield _contract(op, operand, (AlignedPointer(4),), H100, _scaled(side, TENSOR_WISE))
-        yield _contract(
-            op, operand, (Dense("row"), AlignedPointer(16)), f"{H100}; {PR_159957}",
-            _scaled(side, ROW_WISE),
+        # One row of 128x128 blocks is read as K/128 scales padded to a multiple of 4: a tighter
+        # pitch gives wrong values without an error.
+        by_recipe = (
+            ((TENSOR_WISE, ROW_WISE), (in_order,), H100),
+            ((BLOCK_1X128,), (outer_major[side],), f"{meta}; {H100}"),
+            ((BLOCK_128X128,), (_k_major(op, side), AlignedPitch(16)), f"{meta}; {H100}"),
+            ((MX, NV), (in_order,), meta),
         )
-        yield _contract(
-            op, operand, (outer_major[side], AlignedPointer(16)), f"{meta}; {PR_159957}",
-            _scaled(side, BLOCK_1X128),
-        )
-        # One row of blocks is read as a vector of K/128 scales padded to a multiple of 4.
-        k_major = _k_major(op, side)
-        yield _contract(
-            op, operand, (k_major, AlignedPointer(16), AlignedPitch(16)), f"{meta}; {PR_159957}",
-            _scaled(side, BLOCK_128X128),
-        )
-        yield _contract(
-            op, operand, (Dense("row"), AlignedPointer(16)), f"{meta}; {PR_159957}",
-            _scaled(side, MX, NV),
-        )
+        for recipes, rules, source in by_recipe:
+            rules = (*rules, AlignedPointer(16))
+            when = _scaled(side, *recipes)
+            yield _contract(op, f"scale_{side}", rules, f"{source}; {PR_159957}", when)
 
 
 def _k_major(op: str, side: str) -> Rule:
@@ -204,11 +185,11 @@ def _k_major(op: str, side: str) -> Rule:
 
 def _grouped(op: str) -> Iterator[Contract]:
     rules = (AlignedPointer(16), AlignedPitch(16))
-    yield _contract(op, "self", (RowMajor(), *rules), META_GROUPED, _CUDA)
-    yield _contract(op, "mat2", (ColumnMajor(), *rules), META_GROUPED, _CUDA)
+    source = f"{META_GROUPED}; {H100}"
+    yield _contract(op, "self", (RowMajor(), *rules), source, _CUDA)
+    yield _contract(op, "mat2", (ColumnMajor(), *rules), source, _CUDA)
     for operand in ("scale_a", "scale_b"):
-        scale_rules = (UnitStrideLast(), AlignedPointer(16))
-        yield _contract(op, operand, scale_rules, f"{META_GROUPED}; {PR_159957}", _CUDA)
+        yield _contract(op, operand, (UnitStrideLast(), AlignedPointer(4)), source, _CUDA)
     yield _contract(op, "offs", (Dense("row"), AlignedPointer(4)), META_GROUPED, _CUDA)
     yield _contract(op, "bias", (Dense("row"), AlignedPointer(16)), META_GROUPED, _CUDA)
 
@@ -216,5 +197,5 @@ def _grouped(op: str) -> Iterator[Contract]:
 def _int_mm(op: str) -> Iterator[Contract]:
     # Either order is accepted: the cuBLAS preparation transposes or clones by strides alone.
     for operand in ("self", "mat2"):
-        rules = (AlignedPointer(16), AlignedPitch(4))
-        yield _contract(op, operand, rules, CUBLASLT_INT8, _CUDA)
+        rules = (AlignedPointer(4), AlignedPitch(4))
+        yield _contract(op, operand, rules, f"{CUBLASLT_INT8}; {H100}", _CUDA)

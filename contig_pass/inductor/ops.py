@@ -19,13 +19,16 @@ _LIBRARY.define("contiguous(Tensor x, str order) -> Tensor", tags=_TAGS)
 _LIBRARY.define("pin(Tensor(a) x, int alignment) -> Tensor(a)", tags=_TAGS)
 
 
-def _empty(x: torch.Tensor, order: str) -> torch.Tensor:
+def empty_in_order(
+    x: torch.Tensor, order: str, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """An uninitialised dense tensor like ``x``, on ``device``, with its dimensions in ``order``."""
     strides = dense_strides(x.shape, parse_order(order, x.dim()))
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=device or x.device)
 
 
 def _contiguous(x: torch.Tensor, order: str) -> torch.Tensor:
-    return _empty(x, order).copy_(x)
+    return empty_in_order(x, order).copy_(x)
 
 
 def _pin(x: torch.Tensor, alignment: int) -> torch.Tensor:
@@ -35,7 +38,7 @@ def _pin(x: torch.Tensor, alignment: int) -> torch.Tensor:
 
 _LIBRARY.impl("contiguous", _contiguous, "CompositeExplicitAutograd")
 _LIBRARY.impl("pin", _pin, "CompositeExplicitAutograd")
-torch.library.register_fake("contig_pass::contiguous", _empty, lib=_LIBRARY)
+torch.library.register_fake("contig_pass::contiguous", empty_in_order, lib=_LIBRARY)
 torch.library.register_fake("contig_pass::pin", _pin, lib=_LIBRARY)
 
 

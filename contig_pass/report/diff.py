@@ -25,13 +25,22 @@ def lines_of(plan: Plan) -> dict[fx.Node, str]:
 def hunks_of(
     plan: Plan, copies: Mapping[Fix, fx.Node], before: Mapping[fx.Node, str]
 ) -> tuple[Hunk, ...]:
-    """One hunk a fix: the source, the inserted copy, and each consumer before and after."""
-    hunks = []
+    """One hunk for each rewired consumer: what its copies are made of, then itself, before and
+    after. A copy that several consumers share stands in the hunk of the first."""
+    reads: dict[fx.Node, list[Fix]] = {}
     for fix in plan.fixes:
-        lines = [(" ", node_line(fix.source)), ("+", node_line(copies[fix]))]
         for consumer in dict.fromkeys(use.node for use in fix.uses):
-            lines += [("-", before[consumer]), ("+", node_line(consumer))]
-        hunks.append(Hunk(origin_of(fix.uses[0].node).module, tuple(lines)))
+            reads.setdefault(consumer, []).append(fix)
+    shown: set[Fix] = set()
+    hunks = []
+    for consumer, fixes in reads.items():
+        lines = []
+        for fix in fixes:
+            if fix not in shown:
+                lines += [(" ", node_line(fix.source)), ("+", node_line(copies[fix]))]
+                shown.add(fix)
+        lines += [("-", before[consumer]), ("+", node_line(consumer))]
+        hunks.append(Hunk(origin_of(consumer).module, tuple(lines)))
     return tuple(hunks)
 
 
