@@ -1,0 +1,67 @@
+"""Norms, the feed-forward and the modulation of a Wan block."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class WanRMSNorm(nn.Module):
+    """y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    For q and k that is the whole model dimension, before the heads are split. Computed in fp32
+    and cast back before the weight is applied, as the official model does.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., dim)."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class WanLayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension, computed in fp32 and cast back."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, *, affine: bool = False) -> None:
+        super().__init__(dim, eps=eps, elementwise_affine=affine)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., dim)."""
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
+    """Linear, tanh-approximated GELU, Linear; parameters are named ``0`` and ``2``."""
+    return nn.Sequential(
+        nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+    )
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x * (1 + scale) + shift in fp32. x: (B, L, C); shift, scale: (B, 1 or L, C) fp32."""
+    return x.float() * (1 + scale) + shift
+
+
+def time_frequencies(timesteps: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoidal embedding: cosines of t * 10000^(-2k/dim), then sines, computed in fp64.
+
+    Args:
+        timesteps: any shape.
+        dim: even width of the embedding.
+
+    Returns:
+        (*timesteps.shape, dim) fp32.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+    angles = timesteps.to(torch.float64)[..., None] * torch.pow(10000.0, -exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
