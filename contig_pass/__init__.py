@@ -14,6 +14,7 @@ from contig_pass.contracts.rules import (
     UnitStrideLast,
 )
 from contig_pass.errors import ContigPassError
+from contig_pass.explain import explain
 from contig_pass.report.log import forget_reports, last_reports
 from contig_pass.report.model import Report
 
@@ -30,6 +31,7 @@ __all__ = [
     "Rule",
     "UnitStrideLast",
     "contig_safe",
+    "explain",
     "forget_reports",
     "last_reports",
     "register_contract",

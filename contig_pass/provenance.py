@@ -52,9 +52,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    path = _SUBMODULE.sub(r".\1", path)
-    path = _ROOTS.sub("", path.replace("._modules", ""))
-    return path.strip(".")
+    path = _ROOTS.sub("", path)
+    return _SUBMODULE.sub(r".\1", path).strip(".")
 
 
 def repeated(module: str) -> str:

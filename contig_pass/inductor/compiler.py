@@ -8,12 +8,10 @@ from typing import Any
 from torch import fx
 
 from contig_pass.inductor import lowerings
-from contig_pass.inductor.graph_pass import LayoutPass
+from contig_pass.inductor.graph_pass import HOOK, LayoutPass
 from contig_pass.inductor.scope import compiling
 from contig_pass.options import Options
 from contig_pass.report.model import Report
-
-_HOOK = "post_grad_custom_post_pass"
 
 
 def compile_with_inductor(
@@ -32,8 +30,8 @@ def compile_with_inductor(
 
     lowerings.install()
     patches = dict(options.inductor)
-    user_pass = patches.pop(_HOOK, getattr(config, _HOOK))
-    patches[_HOOK] = LayoutPass(options, deliver, user_pass)
+    user_pass = patches.pop(HOOK, getattr(config, HOOK))
+    patches[HOOK] = LayoutPass(options, deliver, user_pass)
 
     def inner_compile(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         with compiling(graph):

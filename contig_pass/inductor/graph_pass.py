@@ -23,6 +23,10 @@ from contig_pass.report.model import Report
 _InferenceAware = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 
 
+#: The configuration entry of Inductor that the pass is put in.
+HOOK = "post_grad_custom_post_pass"
+
+
 class LayoutPass(_InferenceAware or custom_graph_pass.CustomGraphPass):  # type: ignore[misc]
     """Repairs the layouts of every graph that one compile hands to Inductor.
 

@@ -1,0 +1,201 @@
+"""A report as text: tables that fit 100 columns, then the graph diff.
+
+Rows of equal blocks are rolled up: ``blocks.*.attn.q x40`` with bytes and times summed.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from contig_pass.provenance import repeated
+from contig_pass.report.model import Hunk, Place, Report, Row
+
+WIDTH = 100
+_LEGEND = "memory is written (strides in elements) @byte offset, aligned to N bytes: aN"
+
+
+def to_text(report: Report, width: int = WIDTH) -> str:
+    """The whole report: headline, totals, fixes, skips, graph diff."""
+    sections = [_headline(report, width)]
+    if report.rows:
+        sections.append(_LEGEND)
+    if report.fixes:
+        sections.append(_table("fixes", report.fixes, _fix_cells, _FIX_COLUMNS, width))
+    if report.skips:
+        sections.append(_table("left alone", report.skips, _skip_cells, _SKIP_COLUMNS, width))
+    if report.hunks:
+        sections.append(render_diff(report, width))
+    return "\n\n".join(sections) + "\n"
+
+
+def render_diff(report: Report, width: int = WIDTH) -> str:
+    """The graph diff: each node as ``name: dtype[shape][strides]@byte offset = op(...)``."""
+    lines = ["graph diff (dtype[shape][strides]@byte offset)"]
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+    for hunk in report.hunks:
+        key = (repeated(hunk.module), _without_numbers(hunk))
+        groups[key] = groups.get(key, 0) + 1
+    shown = set()
+    for hunk in report.hunks:
+        key = (repeated(hunk.module), _without_numbers(hunk))
+        if key in shown:
+            continue
+        shown.add(key)
+        count = f" x{groups[key]}, the first:" if groups[key] > 1 else ""
+        lines.append(f"@@ {key[0] or 'top level'}{count}")
+        for mark, line in hunk.lines:
+            lines += textwrap.wrap(
+                line, width, initial_indent=f"{mark} ", subsequent_indent=f"{mark}     "
+            )
+    return "\n".join(lines)
+
+
+def _without_numbers(hunk: Hunk) -> tuple[tuple[str, str], ...]:
+    """The hunk with node names stripped of their counters, to find equal ones."""
+    return tuple(
+        (mark, " ".join(_base_name(word) for word in line.split())) for mark, line in hunk.lines
+    )
+
+
+def _base_name(word: str) -> str:
+    name = word.rstrip("),:").split("(")[-1]
+    stem, _, counter = name.rpartition("_")
+    return word.replace(name, stem) if stem and counter.isdigit() else word
+
+
+# -- headline ------------------------------------------------------------------------------------
+
+
+def _headline(report: Report, width: int) -> str:
+    totals = report.totals
+    about = f"contig_pass report: graph {report.graph or 'unnamed'}, policy {report.policy}"
+    if report.targets:
+        about += f", judged by {', '.join(report.targets)}"
+    lines = [about]
+    if not totals.uses:
+        lines.append(f"no use that a contract binds, in {totals.nodes} nodes")
+        return _wrapped(lines, width)
+    if report.clean:
+        lines.append(f"clean: {totals.uses} uses checked, nothing inserted")
+    else:
+        lines.append(
+            f"{totals.uses} uses checked: {totals.clean} clean, {totals.fixed_uses} fixed by "
+            f"{totals.fixes} copies, {totals.skips} left alone with a reason"
+        )
+    if totals.fixes:
+        lines.append(
+            f"the copies move {_bytes(totals.nbytes)} in {_us(totals.microseconds)} (modelled; "
+            f"{report.bandwidth})"
+        )
+    lines.append(f"{totals.pins} layouts held; pass time {report.seconds * 1e3:.1f} ms")
+    return _wrapped(lines, width)
+
+
+def _wrapped(lines: Iterable[str], width: int) -> str:
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+#: Header and widest column text; the sum with tabulate's separators stays below the width.
+_FIX_COLUMNS = (
+    ("where", 24), ("operand", 16), ("what was wrong", 22), ("before -> after", 26), ("cost", 9),
+)
+_SKIP_COLUMNS = (("where", 28), ("operand", 20), ("layout", 20), ("why", 29))
+
+_Cells = Callable[[Sequence[Row]], tuple[str, ...]]
+
+
+def _table(
+    title: str, rows: Iterable[Row], cells: _Cells, columns: Sequence[tuple[str, int]], width: int
+) -> str:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_kind(row), []).append(row)
+    spare = width - WIDTH
+    widths = [size + (spare if i == len(columns) - 2 else 0) for i, (_, size) in enumerate(columns)]
+    body = [
+        [_fold(cell, size) for cell, size in zip(cells(group), widths, strict=True)]
+        for group in groups.values()
+    ]
+    table = tabulate(body, [name for name, _ in columns], tablefmt="simple")
+    return f"{title}\n{table}"
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """Rows that read alike but for layer numbers and node names are one row of the table."""
+    return (
+        repeated(row.module), row.op, row.operand, row.reason, row.dtype, row.shape, row.before,
+        row.after, row.order, row.fused, row.file, row.lineno,
+    )
+
+
+def _fold(text: str, width: int) -> str:
+    """``text`` in lines of at most ``width`` characters; words longer than that are cut."""
+    return "\n".join(
+        part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]
+    )
+
+
+def _fix_cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    row = rows[0]
+    moved = sum(r.nbytes or 0 for r in rows)
+    cost = "symbolic" if row.nbytes is None else _bytes(moved)
+    if row.nbytes is not None:
+        cost += f"\n{_us(sum(r.microseconds or 0.0 for r in rows))}"
+    if row.fused:
+        cost += "\nfused"
+    after = row.after or row.before
+    memory = f"{_place(row.before)} ->\n{_place(after)}\n{row.order}, in {row.copy}"
+    return (_where(rows), _operand(row), row.reason.replace("; ", "\n"), memory, cost)
+
+
+def _skip_cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    row = rows[0]
+    rules = "".join(f"\nnot kept: {rule}" for rule in row.rules)
+    return (_where(rows), _operand(row), _place(row.before), row.reason + rules)
+
+
+def _where(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    module = repeated(row.module) or "top level"
+    count = f" x{len(rows)}" if len(rows) > 1 else ""
+    source = f"{_short_path(row.file)}:{row.lineno}" if row.file else "no source line"
+    return f"{module}{count}\n{source}\n{row.code}"
+
+
+def _short_path(path: str) -> str:
+    """The file and its folder."""
+    parts = path.split(os.sep)
+    return "/".join(parts[-2:])
+
+
+def _operand(row: Row) -> str:
+    op = row.op.removesuffix(".default")
+    return f"{op}\n{row.operand}\n{row.dtype}[{_numbers(row.shape)}]"
+
+
+def _place(place: Place) -> str:
+    return f"({_numbers(place.strides)}) @{place.offset} a{place.alignment}"
+
+
+def _numbers(values: Iterable[int | str]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def _us(microseconds: float) -> str:
+    return f"{microseconds:.1f} us" if microseconds >= 0.1 or not microseconds else "<0.1 us"
