@@ -58,7 +58,16 @@ class WanBlock(nn.Module):
 
         Returns:
             (B, L, C) in the dtype of ``x``.
+
+        Raises:
+            ValueError: ``e0`` has another shape.
         """
+        tokens, dim = x.shape[1:]
+        if e0.shape[1:] not in ((6, dim), (tokens, 6, dim)):
+            raise ValueError(
+                f"e0 has shape {tuple(e0.shape)}: use (B, 6, {dim}), or (B, {tokens}, 6, {dim}) "
+                "for one time step per token"
+            )
         e = self.modulation.float() + e0.float()
         if e0.dim() == 3:
             e = e.unsqueeze(1)
@@ -99,15 +108,18 @@ def block_inputs(
         grid: tokens along (time, rows, columns); L is their product.
         batch: B.
         dtype: of x and context; e0 and the rotary table are fp32.
-        device: where to make them.
+        device: where to make them; ``"meta"`` gives shapes and strides alone.
         seed: of the random numbers.
         column_major: give x the strides (C*L, 1, L) that patchifying by ``flatten(2)`` and
             ``transpose(1, 2)`` leaves behind, instead of dense rows.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    # The meta device has no generator, and no numbers either.
+    meta = torch.device(device).type == "meta"
+    generator = None if meta else torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(of)
+        made = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+        return made.to(of)
 
     tokens = grid[0] * grid[1] * grid[2]
     if column_major:

@@ -6,7 +6,7 @@ B batch, L video tokens, C model dimension, H heads, D head dimension, Lt text t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,22 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "eps":
+                if not value > 0:
+                    raise ValueError(f"eps={value}: use a number above 0")
+            elif field.name == "patch_size":
+                if len(value) != 3 or min(value) < 1:
+                    raise ValueError(f"patch_size={value}: use three sizes of at least 1")
+            elif value < 1:
+                raise ValueError(f"{field.name}={value}: use at least 1")
         if self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head dimension {self.head_dim} must be even: rotary turns pairs")
-        if min(self.ffn_dim, self.num_layers, self.text_len) < 1:
-            raise ValueError("ffn_dim, num_layers and text_len must be at least 1")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim={self.freq_dim} must be even: cosines, then sines")
 
     @property
     def head_dim(self) -> int:
@@ -87,14 +97,18 @@ def token_grid(
     Raises:
         ValueError: the sizes are not multiples of what a token covers.
     """
-    if (frames - 1) % vae_stride[0]:
+    if frames < 1 or (frames - 1) % vae_stride[0]:
         raise ValueError(f"frames={frames}: use 1 more than a multiple of {vae_stride[0]}")
     latent = ((frames - 1) // vae_stride[0] + 1, height // vae_stride[1], width // vae_stride[2])
+    if latent[0] % patch_size[0]:
+        raise ValueError(
+            f"frames={frames} make {latent[0]} latent frames, no multiple of {patch_size[0]}"
+        )
     for name, pixels, vae, patch in (
         ("height", height, vae_stride[1], patch_size[1]),
         ("width", width, vae_stride[2], patch_size[2]),
     ):
-        if pixels % (vae * patch):
+        if pixels < 1 or pixels % (vae * patch):
             raise ValueError(f"{name}={pixels}: use a multiple of {vae * patch}")
     return (
         latent[0] // patch_size[0], latent[1] // patch_size[1], latent[2] // patch_size[2]

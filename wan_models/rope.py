@@ -55,8 +55,16 @@ def apply_rope(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (B, L, H, D), dense, in the dtype of ``x``; computed in fp32.
+
+    Raises:
+        ValueError: the table is for more tokens than ``x`` has, or for another head dimension.
     """
     tokens = table.shape[1]
+    if tokens > x.shape[1] or 2 * table.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"rotary table is for {tokens} tokens of head dimension {2 * table.shape[-1]}, "
+            f"got {x.shape[1]} tokens of {x.shape[-1]}"
+        )
     cos, sin = table[0], table[1]
     even, odd = x[:, :tokens].float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

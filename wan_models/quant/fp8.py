@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from wan_models.quant.recipes import quantize, quantize_weight, recipe_named
+from wan_models.quant.recipes import E4M3, quantize, quantize_weight, recipe_named
 
 #: ``_scaled_mm`` wants K and N to be multiples of this.
 SIZE_MULTIPLE = 16
+#: Output types of the kernel; it adds a bias of the same type.
+COMPUTE_TYPES = (torch.bfloat16, torch.float16)
 
 
 def fp8_linear(
@@ -34,7 +36,7 @@ def fp8_linear(
         (..., N) in the dtype of ``x``. Computed in bf16 or fp16; an fp32 ``x`` computes in bf16,
         since ``_scaled_mm`` takes no bias with an fp32 result.
     """
-    compute = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    compute = x.dtype if x.dtype in COMPUTE_TYPES else torch.bfloat16
     rows = quantize(x.reshape(-1, x.shape[-1]))
     out = torch._scaled_mm(
         rows,
@@ -47,11 +49,30 @@ def fp8_linear(
     return out.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
-class Fp8Linear(nn.Module):
-    """A linear layer with an e4m3 weight, computed by ``torch._scaled_mm``.
+class KeepsQuantizedTypes(nn.Module):
+    """A module whose e4m3 and fp32 tensors keep their types when it is cast.
+
+    ``module.half()`` or ``module.to(torch.bfloat16)`` would otherwise widen the weight and narrow
+    the scales, which ``_scaled_mm`` takes in fp32 alone. Moves between devices work as ever.
+    """
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> KeepsQuantizedTypes:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            made = fn(tensor)
+            if made.dtype == tensor.dtype or tensor.dtype not in (E4M3, torch.float32):
+                return made
+            return tensor.to(made.device)
+
+        return super()._apply(keep, recurse)
+
+
+class Fp8Linear(KeepsQuantizedTypes):
+    """A linear layer with an e4m3 weight, computed by ``torch._scaled_mm``. For inference.
 
     Buffers: ``weight`` (N, K) e4m3, ``weight_scale`` and ``input_scale`` fp32 of shape (),
-    ``bias`` (N,) or None. Needs a CPU, or a CUDA device of capability 8.9 or later.
+    ``bias`` (N,) bf16 or fp16, or None. Needs a CPU, or a CUDA device of capability 8.9 or later.
     """
 
     def __init__(
@@ -61,7 +82,9 @@ class Fp8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("input_scale", torch.ones((), device=weight.device))
+        self.register_buffer(
+            "input_scale", torch.ones((), dtype=torch.float32, device=weight.device)
+        )
         self.register_buffer("bias", bias)
 
     @classmethod
@@ -75,7 +98,11 @@ class Fp8Linear(nn.Module):
         if obstacle is not None:
             raise ValueError(obstacle)
         weight, scale = quantize_weight(linear.weight.detach(), recipe_named(recipe))
-        bias = None if linear.bias is None else linear.bias.detach().clone()
+        bias = None
+        if linear.bias is not None:
+            # A wider bias would be cast in every call: the kernel adds it in its output type.
+            kept = linear.bias.dtype if linear.bias.dtype in COMPUTE_TYPES else torch.bfloat16
+            bias = linear.bias.detach().to(kept, copy=True)
         return cls(weight, scale, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,27 +139,42 @@ def quantize_(module: nn.Module, recipe: str, skip: Sequence[str] = ()) -> list[
             one component, as in ``"blocks.*.cross_attn.k"``. Never a substring.
 
     Returns:
-        One row for every ``nn.Linear``, in order.
+        One row for every name of an ``nn.Linear``, in order. A linear with several names is
+        treated as one: replaced once, or kept if any of its names is skipped.
 
     Raises:
-        ValueError: unknown recipe, or a ``skip`` entry that names no linear.
+        ValueError: unknown recipe, a ``skip`` entry that names no linear, or a ``module`` that
+            is itself a linear: nothing holds it, so nothing can hold its replacement.
     """
     recipe_named(recipe)
-    linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    if isinstance(module, nn.Linear):
+        raise ValueError("quantize_ replaces linears inside a module: use Fp8Linear.from_linear")
+    linears = [
+        (name, child)
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, nn.Linear)
+    ]
     patterns = {entry: _pattern(entry) for entry in skip}
     for entry, pattern in patterns.items():
         if not any(pattern.fullmatch(name) for name, _ in linears):
             raise ValueError(f"skip={entry!r} names no linear of {type(module).__name__}")
-    rows = []
+    kept = {
+        linear: f"named in skip by {entry!r}"
+        for entry, pattern in reversed(patterns.items())
+        for name, linear in linears
+        if pattern.fullmatch(name)
+    }
+    rows: list[QuantizedRow] = []
+    made: dict[nn.Linear, Fp8Linear] = {}
     for name, linear in linears:
-        named_by = [entry for entry, pattern in patterns.items() if pattern.fullmatch(name)]
-        obstacle = unfit(linear)
-        if named_by or obstacle:
-            reason = obstacle if not named_by else f"named in skip by {named_by[0]!r}"
-            rows.append(QuantizedRow(name, "kept", str(reason)))
+        reason = kept.get(linear) or unfit(linear)
+        if reason is not None:
+            rows.append(QuantizedRow(name, "kept", reason))
             continue
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, Fp8Linear.from_linear(linear, recipe))
+        if linear not in made:
+            made[linear] = Fp8Linear.from_linear(linear, recipe)
+        setattr(module.get_submodule(parent), leaf, made[linear])
         rows.append(QuantizedRow(name, "quantised", recipe))
     return rows
 

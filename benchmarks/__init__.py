@@ -1,0 +1,1 @@
+"""Measurements and fault tables; run from the checkout with ``python -m benchmarks``."""
