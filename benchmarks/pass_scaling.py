@@ -17,6 +17,8 @@ from tabulate import tabulate
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import contig_pass
+from benchmarks.wan import tiny_block
 from contig_pass.options import Options
 from contig_pass.pipeline import repair
 
@@ -99,10 +101,6 @@ def time_pass(nodes: int, repeats: int) -> tuple[int, int, float]:
 
 def wan_share() -> tuple[float, float]:
     """Seconds of the pass and of the whole cold compile on the tiny quantised Wan block."""
-    from benchmarks.wan import tiny_block
-
-    import contig_pass
-
     torch._dynamo.reset()
     contig_pass.forget_reports()
     block, inputs = tiny_block()
