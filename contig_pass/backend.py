@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import fx
 
+from contig_pass.inductor import capture
 from contig_pass.options import AOT_EAGER, parse_options
 from contig_pass.report.log import deliver_to
+
+# Here, because Dynamo traces before it calls the backend.
+capture.install()
 
 
 def contig_safe(

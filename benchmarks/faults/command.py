@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import platform
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -100,6 +101,9 @@ def acceptable(program: Program, result: Result) -> bool:
 
 # -- processes -----------------------------------------------------------------------------------
 
+#: Fork handlers of some packages refuse a second fork while they run.
+_forking = threading.Lock()
+
 
 def run_all(
     tasks: Sequence[tuple[Program, str]], device: str, jobs: int, timeout: float
@@ -137,10 +141,15 @@ def run_in_process(
 
     def work() -> None:
         torch.set_num_threads(1)
-        sender.send(worker.run_program(program, mode, device))
+        try:
+            sender.send(worker.run_program(program, mode, device))
+        except Exception as error:  # in the reference or the harness: no verdict on the program
+            text = f"{type(error).__name__}: {error}"[:300]
+            sender.send(Result(program.name, program.group, mode, worker.CRASH, text))
 
     process = context.Process(target=work)
-    process.start()
+    with _forking:
+        process.start()
     sender.close()
     result = None
     try:

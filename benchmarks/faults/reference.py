@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ROW, _COLUMN, _KEEP = "row", "column", "keep"
@@ -34,6 +36,18 @@ class DenseOperands(TorchDispatchMode):
             if argument.name in given and not written:
                 given[argument.name] = _copied(given[argument.name], name, argument.name)
         return func(**given)
+
+
+class DenseAttention(TorchFunctionMode):
+    """Attention receives dense copies before a backend is chosen: the choice, which comes before
+    dispatch, refuses some strides."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            args = tuple(_copied(value, "_scaled_dot_product_", "query") for value in args)
+        return func(*args, **(kwargs or {}))
 
 
 def _copied(value: Any, op: str, operand: str) -> Any:

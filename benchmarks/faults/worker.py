@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.faults import recording
 from benchmarks.faults.program import Case, Program
-from benchmarks.faults.reference import DenseOperands
+from benchmarks.faults.reference import DenseAttention, DenseOperands
 
 RIGHT = "right"
 WRONG = "WRONG VALUE"
@@ -80,7 +80,7 @@ def _build(program: Program, device: str) -> Case:
 def _reference(case: Case) -> list[Any]:
     """Outputs, aliases and inputs after each call, as dense aligned operands give them."""
     results = []
-    with DenseOperands():
+    with DenseAttention(), DenseOperands():
         for args in case.calls:
             results.append(_observed(case.function(*args), args))
     return results

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from contig_pass.inductor import lowerings
+from contig_pass.inductor import lowerings, scaled_mm
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
 from contig_pass.inductor.scope import compiling
 from contig_pass.options import Options
@@ -29,6 +29,7 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     lowerings.install()
+    scaled_mm.install()
     patches = dict(options.inductor)
     user_pass = patches.pop(HOOK, getattr(config, HOOK))
     patches[HOOK] = LayoutPass(options, deliver, user_pass)

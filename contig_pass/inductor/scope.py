@@ -49,6 +49,11 @@ class Scope:
 _CURRENT: ContextVar[Scope | None] = ContextVar("contig_pass_scope", default=None)
 
 
+def in_progress() -> bool:
+    """Whether a graph is being compiled by contig_safe."""
+    return _CURRENT.get() is not None
+
+
 def aligned_inputs(graph: fx.Graph) -> frozenset[str]:
     """Names of the placeholders of ``graph`` that the compile in progress realigns."""
     scope = _CURRENT.get()

@@ -1,0 +1,23 @@
+"""Ops with contracts that Dynamo of this version would leave out of the graph.
+
+torch 2.11 breaks the graph at ``torch._scaled_mm_v2`` and ``torch._scaled_grouped_mm_v2`` (what
+``torch.nn.functional.scaled_mm`` and ``scaled_grouped_mm`` call), so that no pass would ever see
+them. Later versions take them in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_FUNCTIONS = ("_scaled_mm_v2", "_scaled_grouped_mm_v2")
+
+
+def install() -> None:
+    """Let Dynamo take those functions into graphs, as later versions do."""
+    from torch._dynamo.trace_rules import lookup
+    from torch._dynamo.variables import SkipFunctionVariable
+
+    for name in _FUNCTIONS:
+        function = getattr(torch, name, None)
+        if function is not None and lookup(function) is SkipFunctionVariable:
+            torch.compiler.allow_in_graph(function)
