@@ -59,29 +59,31 @@ def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
         root = base
     offset = value.storage_offset() * value.dtype.itemsize
     base_alignment, kind = FRESH_ALIGNMENT, COMPUTED
-    if root.op == "placeholder":
+    if root.op in ("placeholder", "get_attr"):
         owner = root.meta["val"]
         offset = offset - owner.storage_offset() * owner.dtype.itemsize
+    if root.op == "placeholder":
         base_alignment = INPUT_ALIGNMENT if root.name in aligned_inputs else owner.dtype.itemsize
         kind = INPUT
     elif root.op == "get_attr":
         kind = CONSTANT
-        constant = _attribute(root)
-        if isinstance(constant, torch.Tensor) and type(constant) in _REAL_TENSORS:
-            offset = offset - constant.storage_offset() * constant.dtype.itemsize
-            offset = offset + constant.data_ptr()
-            base_alignment = ABSOLUTE
+        start, base_alignment = _start_of_constant(root)
+        offset = offset + start
     layout = Layout(
         tuple(value.shape), tuple(value.stride()), offset, base_alignment, value.dtype, value.device
     )
     return Fact(layout, root, kind)
 
 
-_REAL_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _attribute(node: fx.Node) -> object:
+def _start_of_constant(node: fx.Node) -> tuple[int, int]:
+    """Where a constant's first element lies, in bytes, and what that is counted from."""
     held: object = node.graph.owning_module
     for part in str(node.target).split("."):
         held = getattr(held, part, None)
-    return held
+    if type(held) in _PLAIN_TENSORS and held.device.type != "meta":
+        return held.data_ptr(), ABSOLUTE
+    value = held if isinstance(held, torch.Tensor) else node.meta["val"]
+    return value.storage_offset() * value.dtype.itemsize, FRESH_ALIGNMENT
