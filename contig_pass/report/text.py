@@ -102,11 +102,16 @@ def _wrapped(lines: Iterable[str], width: int) -> str:
 
 # -- tables --------------------------------------------------------------------------------------
 
-#: Header and widest column text; the sum with tabulate's separators stays below the width.
+_WHERE = 23
+#: Header and widest column text; with tabulate's two spaces between columns the sum is the width.
 _FIX_COLUMNS = (
-    ("where", 24), ("operand", 16), ("what was wrong", 22), ("before -> after", 26), ("cost", 9),
+    ("where", _WHERE),
+    ("operand", 16),
+    ("what was wrong", 21),
+    ("before -> after", 24),
+    ("cost", 8),
 )
-_SKIP_COLUMNS = (("where", 28), ("operand", 20), ("layout", 20), ("why", 29))
+_SKIP_COLUMNS = (("where", 28), ("operand", 18), ("layout", 19), ("why", 29))
 
 _Cells = Callable[[Sequence[Row]], tuple[str, ...]]
 
@@ -165,14 +170,15 @@ def _where(rows: Sequence[Row]) -> str:
     row = rows[0]
     module = repeated(row.module) or "top level"
     count = f" x{len(rows)}" if len(rows) > 1 else ""
-    source = f"{_short_path(row.file)}:{row.lineno}" if row.file else "no source line"
+    source = _short_line(row.file, row.lineno) if row.file else "no source line"
     return f"{module}{count}\n{source}\n{row.code}"
 
 
-def _short_path(path: str) -> str:
-    """The file and its folder."""
-    parts = path.split(os.sep)
-    return "/".join(parts[-2:])
+def _short_line(path: str, lineno: int) -> str:
+    """The file's folder, name and line, without the folder where that would not fit a column."""
+    folder, name = path.split(os.sep)[-2:] if os.sep in path else ("", path)
+    line = f"{name}:{lineno}"
+    return f"{folder}/{line}" if folder and len(folder) + len(line) < _WHERE else line
 
 
 def _operand(row: Row) -> str:
