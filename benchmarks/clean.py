@@ -10,10 +10,8 @@ compiles of one block may differ in the last bit.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 
@@ -22,7 +20,7 @@ from tabulate import tabulate
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import contig_pass
-from benchmarks.machine import machine
+from benchmarks.machine import write_json
 from benchmarks.wan import quantised_block
 
 RATIO = 1.01
@@ -119,32 +117,19 @@ def run(args: argparse.Namespace) -> int:
             passed &= ratio <= RATIO
     print(tabulate(rows, (f"{config} block, {grid}", "inductor", "contig_safe"), floatfmt=".3f"))
     if args.json:
-        write_json(args.json, config, grid, rows, totals.fixes, totals.uses, equal, ratio)
+        content = {
+            "block": config,
+            "grid": grid,
+            "rows": {what: {"inductor": plain, "contig_safe": ours} for what, plain, ours in rows},
+            "fixes": totals.fixes,
+            "uses": totals.uses,
+            "equal": equal,
+            "ratio": ratio,
+        }
+        write_json(args.json, "clean", content)
     timed = "" if ratio is None else f", time ratio {ratio:.4f} (at most {RATIO})"
     print(
         f"clean: {totals.fixes} fixes in {totals.uses} uses, values "
         f"{'equal' if equal else 'DIFFERENT'}{timed}: {'ok' if passed else 'MISSED'}"
     )
     return 0 if passed else 1
-
-
-def write_json(
-    path: str, config: str, grid: str, rows: list, fixes: int, uses: int, equal: bool,
-    ratio: float | None,
-) -> None:
-    """Write the results with the machine, the versions and the command."""
-    content = {
-        "benchmark": "clean",
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-        "machine": machine(),
-        "block": config,
-        "grid": grid,
-        "rows": {what: {"inductor": plain, "contig_safe": ours} for what, plain, ours in rows},
-        "fixes": fixes,
-        "uses": uses,
-        "equal": equal,
-        "ratio": ratio,
-    }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")

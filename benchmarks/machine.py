@@ -1,9 +1,12 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and results as JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -26,6 +29,19 @@ def machine() -> dict[str, object]:
     if torch.cuda.device_count():
         facts["gpu"] = _gpu_name()
     return facts
+
+
+def write_json(path: str, benchmark: str, content: Mapping[str, object]) -> None:
+    """Write ``content`` behind the benchmark's name, the command and the machine."""
+    command = " ".join(sys.argv[1:]).replace(f"--json {path}", "").strip()
+    head = {
+        "benchmark": benchmark,
+        "command": f"python -m benchmarks {command}",
+        "machine": machine(),
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**head, **content}, file, indent=1)
+        file.write("\n")
 
 
 def _gpu_name() -> str:

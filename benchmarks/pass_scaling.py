@@ -18,6 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import contig_pass
+from benchmarks.machine import write_json
 from benchmarks.wan import tiny_block
 from contig_pass.options import Options
 from contig_pass.pipeline import repair
@@ -39,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("pass-scaling", help="time of the layout pass on large graphs")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each size (median)")
     parser.add_argument("--no-compile", action="store_true", help="leave out the Wan block")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.set_defaults(run=run)
 
 
@@ -128,9 +130,17 @@ def run(args: argparse.Namespace) -> int:
     growth = per_node[-1] / per_node[0]
     passed &= growth <= GROWTH
     summary = f"pass-scaling: time per node grows {growth:.2f}x to {SIZES[-1]} nodes"
+    content: dict[str, object] = {
+        "columns": ["nodes", "fixes", "seconds", "seconds per 10,000 nodes", "verdict"],
+        "rows": rows,
+        "growth": growth,
+    }
     if not args.no_compile:
         spent, total = wan_share()
+        content["wan block"] = {"pass seconds": spent, "compile seconds": total}
         passed &= spent <= COMPILE_SHARE * total
         summary += f"; Wan block: pass {spent:.3f} s of {total:.1f} s ({spent / total:.2%})"
+    if args.json:
+        write_json(args.json, "pass-scaling", content)
     print(f"{summary}: {'ok' if passed else 'MISSED'}")
     return 0 if passed else 1

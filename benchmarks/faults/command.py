@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import multiprocessing
-import platform
 import sys
 import threading
 import time
@@ -29,7 +27,7 @@ from benchmarks.faults import worker
 from benchmarks.faults.catalogue import catalogue
 from benchmarks.faults.program import Program
 from benchmarks.faults.worker import CONTIG_SAFE, MODES, REFUSED, RIGHT, Result
-from benchmarks.machine import machine
+from benchmarks.machine import write_json
 
 DEFAULT_MODES = ("eager", "inductor", "contig_safe")
 _OUTCOMES = (
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for result in failed:
         print(f"FAILED {result.group}: {result.program}: {result.outcome}: {result.message}")
     if args.json:
-        write_json(args, results)
+        write_json(args.json, "faults", {"results": [asdict(result) for result in results]})
     right = sum(r.outcome == RIGHT for r in results if r.mode == CONTIG_SAFE)
     print(
         f"faults on {args.device}: contig_safe right in {right} of {len(programs)} programs, "
@@ -200,17 +198,3 @@ def counts(modes: Sequence[str], results: Sequence[Result]) -> str:
         counter = Counter(r.outcome for r in results if r.mode == mode)
         rows.append((mode, *(counter[outcome] for outcome in _OUTCOMES)))
     return tabulate(rows, ("mode", *_OUTCOMES)) + "\n"
-
-
-def write_json(args: argparse.Namespace, results: Sequence[Result]) -> None:
-    """Write every result with the machine, the versions and the command."""
-    content = {
-        "benchmark": "faults",
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-        "machine": machine(),
-        "python": platform.python_version(),
-        "results": [asdict(result) for result in results],
-    }
-    with open(args.json, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
