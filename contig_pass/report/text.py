@@ -85,7 +85,8 @@ def _headline(report: Report, width: int) -> str:
     else:
         lines.append(
             f"{totals.uses} uses checked: {totals.clean} clean, {totals.fixed_uses} fixed by "
-            f"{totals.fixes} copies, {totals.skips} left alone with a reason"
+            f"{totals.fixes} {'copy' if totals.fixes == 1 else 'copies'}, {totals.skips} left "
+            "alone with a reason"
         )
     if totals.fixes:
         lines.append(
