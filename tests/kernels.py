@@ -61,7 +61,7 @@ def contracts() -> Iterator[None]:
         yield
 
 
-def _note(op: str, x: torch.Tensor) -> None:
+def note(op: str, x: torch.Tensor) -> None:
     received.append(Seen(op, tuple(x.shape), x.stride(), x.data_ptr(), x.element_size()))
 
 
@@ -73,7 +73,7 @@ def _values(x: torch.Tensor) -> torch.Tensor:
 
 def _define(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def kernel(x: torch.Tensor) -> torch.Tensor:
-        _note(name, x)
+        note(name, x)
         return _values(x)
 
     _LIBRARY.define(f"{name}(Tensor x) -> Tensor")
@@ -86,7 +86,7 @@ def _define(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _several(xs: Sequence[torch.Tensor]) -> torch.Tensor:
     for x in xs:
-        _note("several", x)
+        note("several", x)
     return torch.stack([_values(x).sum() for x in xs])
 
 

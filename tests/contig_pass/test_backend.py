@@ -181,7 +181,7 @@ def test_cat_does_not_move_what_is_pinned() -> None:
 def test_training_repairs_forward_and_backward() -> None:
     @torch.library.custom_op("layout_tests::scaled", mutates_args=())
     def scaled(x: torch.Tensor) -> torch.Tensor:
-        kernels._note("rows", x)
+        kernels.note("rows", x)
         return x.contiguous() * 2
 
     scaled.register_fake(lambda x: x.new_empty(x.shape))
@@ -212,7 +212,7 @@ def _define_filler() -> None:
 
     @torch.library.custom_op("layout_tests::fill", mutates_args={"out"})
     def fill(x: torch.Tensor, out: torch.Tensor) -> None:
-        kernels._note("rows", x)
+        kernels.note("rows", x)
         out.add_(x.sum())
 
 
