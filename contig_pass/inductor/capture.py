@@ -14,8 +14,11 @@ _FUNCTIONS = ("_scaled_mm_v2", "_scaled_grouped_mm_v2")
 
 def install() -> None:
     """Let Dynamo take those functions into graphs, as later versions do."""
-    from torch._dynamo.trace_rules import lookup
-    from torch._dynamo.variables import SkipFunctionVariable
+    try:
+        from torch._dynamo.trace_rules import lookup
+        from torch._dynamo.variables import SkipFunctionVariable
+    except ImportError:
+        return  # a version after those that need it
 
     for name in _FUNCTIONS:
         function = getattr(torch, name, None)
