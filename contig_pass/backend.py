@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import fx
 
-from contig_pass.inductor import capture
+from contig_pass.inductor import capture, relaxed
+from contig_pass.inductor.tracing import backend_call, repairs_layouts
 from contig_pass.options import AOT_EAGER, parse_options
 from contig_pass.report.log import deliver_to
 
 # Here, because Dynamo traces before it calls the backend.
 capture.install()
+relaxed.install()
 
 
+@repairs_layouts
 def contig_safe(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -40,10 +43,11 @@ def contig_safe(
     """
     parsed = parse_options(mode, options)
     deliver = deliver_to(parsed.report)
-    if parsed.inner == AOT_EAGER:
-        from contig_pass.aot_eager import compile_with_aot_eager
+    with backend_call():
+        if parsed.inner == AOT_EAGER:
+            from contig_pass.aot_eager import compile_with_aot_eager
 
-        return compile_with_aot_eager(module, example_inputs, parsed, deliver)
-    from contig_pass.inductor.compiler import compile_with_inductor
+            return compile_with_aot_eager(module, example_inputs, parsed, deliver)
+        from contig_pass.inductor.compiler import compile_with_inductor
 
-    return compile_with_inductor(module, example_inputs, parsed, deliver)
+        return compile_with_inductor(module, example_inputs, parsed, deliver)

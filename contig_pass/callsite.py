@@ -22,6 +22,8 @@ from torch._higher_order_ops.auto_functionalize import (
     read_view_information_from_args,
 )
 
+from contig_pass.inductor.ops import contiguous_op
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -88,6 +90,9 @@ def operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
 
 
 def _operand(argument: str, index: int | None, node: fx.Node) -> Iterator[Operand]:
+    # A copy that is there already is judged by what it copies: the plan decides anew.
+    if node.target is contiguous_op():
+        node = node.args[0]  # type: ignore[assignment]
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         yield Operand(argument, index, node, value)
@@ -121,13 +126,17 @@ def mutated_arguments(op: torch._ops.OpOverload) -> frozenset[str]:
 
 def replace_operand(
     node: fx.Node, op: torch._ops.OpOverload, operand: Operand, new: fx.Node
-) -> None:
-    """Let ``node`` read ``new`` where it read ``operand``; no other user of it is touched.
+) -> fx.Node:
+    """Let ``node`` read ``new`` where it read ``operand``; returns what it read before.
+
+    No other user of ``operand`` is touched.
 
     ``meta["eager_input_vals"]`` is rewritten as well: Inductor restores the strides it holds, so
     a fix that left it as it was would be undone.
     """
     position = None if is_functionalized(node) else _argument_names(op).index(operand.argument)
+    given = arguments(node, op)[operand.argument]
+    earlier = given if operand.index is None else given[operand.index]
     node.args, node.kwargs = _with_operand(
         node.args, node.kwargs, position, operand, new
     )
@@ -136,6 +145,7 @@ def replace_operand(
         node.meta["eager_input_vals"] = _with_operand(
             *eager, position, operand, new.meta["val"]
         )
+    return earlier
 
 
 def _with_operand(

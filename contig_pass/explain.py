@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from contig_pass.aot_eager import compile_with_aot_eager
 from contig_pass.errors import ContigPassError
 from contig_pass.options import parse_options
-from contig_pass.plan import DENSE
+from contig_pass.plan import CONTRACT, DENSE
 from contig_pass.report.model import Report, merge
 
 
@@ -24,8 +26,9 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and plan its repair; compile nothing, change nothing.
 
     Each graph goes through the passes that Inductor would run before the layout pass, so the
-    report is that of a real compile. The traced graphs are run eagerly, unrepaired, so that a
-    model that breaks into several graphs is followed to its end.
+    report is that of a real compile. The traced graphs are then run eagerly, op by op and with
+    every broken rule repaired, so that a model that breaks into several graphs is followed to its
+    end whatever kernels it calls.
 
     Args:
         model: a module or function.
@@ -41,13 +44,17 @@ def explain(
         ContigPassError: nothing was traced, so there is nothing to report on.
     """
     from contig_pass.inductor.trace import plan_graphs
+    from contig_pass.inductor.tracing import backend_call, repairs_layouts
 
     options = parse_options(None, {"policy": policy, "target": target})
+    repaired = replace(options, policy=CONTRACT)
     reports: list[Report] = []
 
+    @repairs_layouts
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        plan_graphs(module, inputs, options, reports.append)
-        return module.forward
+        with backend_call():
+            plan_graphs(module, inputs, options, reports.append)
+            return compile_with_aot_eager(module, inputs, repaired, lambda report: None)
 
     # A wrapper of its own keeps this trace out of the model's compiled code.
     def call() -> Any:

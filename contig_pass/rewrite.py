@@ -61,7 +61,9 @@ def _insert(
             new.meta[key] = first.meta[key]
     new.meta["val"] = value
     for use in uses:
-        replace_operand(use.node, use.op, use.operand, new)
+        earlier = replace_operand(use.node, use.op, use.operand, new)
+        if earlier.target is op and not earlier.users:
+            graph.erase_node(earlier)  # a copy made while tracing, planned anew
     return new
 
 
