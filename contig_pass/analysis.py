@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from contig_pass.callsite import Operand, arguments, called_op, mutated_arguments, operands
+from contig_pass.callsite import (
+    Operand,
+    arguments,
+    called_op,
+    is_triton_kernel,
+    mutated_arguments,
+    mutates_in_place,
+    operands,
+    triton_operands,
+)
+from contig_pass.contracts.calls import SUBGRAPH, TRITON_KERNEL
 from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry
 from contig_pass.contracts.rules import Dense, Rule
 from contig_pass.contracts.target import Target, target_of
 from contig_pass.facts import Fact, fact_of
+from contig_pass.inputs import reaching_operands
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +32,6 @@ class Use:
 
     Attributes:
         node: the consumer.
-        op: the op it calls.
         operand: which operand.
         contract: what is demanded.
         fact: what is there.
@@ -33,7 +43,6 @@ class Use:
     """
 
     node: fx.Node
-    op: torch._ops.OpOverload
     operand: Operand
     contract: Contract
     fact: Fact
@@ -69,6 +78,7 @@ def analyse(
     density: bool,
     target: Target | None = None,
     registry: Registry = REGISTRY,
+    only: Set[str] | None = None,
 ) -> Analysis:
     """Find every bound use of ``graph`` and judge it.
 
@@ -78,26 +88,38 @@ def analyse(
         density: judge density too where a contract says that policy ``dense`` asks for it.
         target: the device whose demands count; ``None``: each call's own device.
         registry: the contracts.
+        only: judge uses of the memory of these placeholders only; ``None``: all.
     """
     uses: list[Use] = []
     for node in graph.nodes:
+        if node.op != "call_function":
+            continue
         op = called_op(node)
-        if op is not None and registry.knows(op):
-            uses.extend(_judge(node, op, aligned_inputs, density, target, registry))
+        if op is not None:
+            if registry.knows(op):
+                uses.extend(_judge_op(node, op, aligned_inputs, density, target, registry))
+        elif is_triton_kernel(node):
+            found, mutates = triton_operands(node), mutates_in_place(node)
+            uses.extend(_judge_call(node, found, TRITON_KERNEL, aligned_inputs, target, mutates))
+        else:
+            found = reaching_operands(node)
+            uses.extend(_judge_call(node, found, SUBGRAPH, aligned_inputs, target))
+    if only is not None:
+        uses = [use for use in uses if use.fact.root.name in only]
     return Analysis(tuple(uses), len(graph.nodes))
 
 
-def _judge(
+def _judge_op(
     node: fx.Node,
     op: torch._ops.OpOverload,
     aligned_inputs: Set[str],
     density: bool,
     target: Target | None,
     registry: Registry,
-) -> list[Use]:
+) -> Iterator[Use]:
     found = {operand.name: operand for operand in operands(node, op)}
     if not found:
-        return []
+        return
     facts = {name: fact_of(operand, aligned_inputs) for name, operand in found.items()}
     device = next(iter(facts.values())).layout.device
     call = Call(
@@ -107,27 +129,49 @@ def _judge(
         target or target_of(device),
     )
     mutated = mutated_arguments(op)
-    uses = []
     for name, contract in registry.for_call(call).items():
-        layout = facts[name].layout
         rules = contract.rules
         if density and contract.dense and not any(isinstance(r, Dense) for r in rules):
             rules = (*rules, Dense())
-        # An empty operand is never read, so any layout of it is legal.
-        empty = layout.is_empty() is True
-        answers = {} if empty else {rule: rule.check(layout) for rule in rules}
-        uses.append(
-            Use(
-                node=node,
-                op=op,
-                operand=found[name],
-                contract=contract,
-                fact=facts[name],
-                rules=rules,
-                broken=tuple(r for r, holds in answers.items() if holds is False),
-                unknown=tuple(r for r, holds in answers.items() if holds is None),
-                mutated=found[name].argument in mutated,
-                target=call.target,
-            )
-        )
-    return uses
+        writes = found[name].argument in mutated
+        yield _use(node, found[name], contract, facts[name], rules, writes, call.target)
+
+
+def _judge_call(
+    node: fx.Node,
+    found: Iterable[Operand],
+    contract: Contract,
+    aligned_inputs: Set[str],
+    target: Target | None,
+    mutates: bool = False,
+) -> Iterator[Use]:
+    """Uses by a call that is no op: one contract binds every operand of it."""
+    for operand in found:
+        fact = fact_of(operand, aligned_inputs)
+        judge = target or target_of(fact.layout.device)
+        yield _use(node, operand, contract, fact, contract.rules, mutates, judge)
+
+
+def _use(
+    node: fx.Node,
+    operand: Operand,
+    contract: Contract,
+    fact: Fact,
+    rules: tuple[Rule, ...],
+    mutated: bool,
+    target: Target,
+) -> Use:
+    # An empty operand is never read, so any layout of it is legal.
+    empty = fact.layout.is_empty() is True
+    answers = {} if empty else {rule: rule.check(fact.layout) for rule in rules}
+    return Use(
+        node=node,
+        operand=operand,
+        contract=contract,
+        fact=fact,
+        rules=rules,
+        broken=tuple(r for r, holds in answers.items() if holds is False),
+        unknown=tuple(r for r, holds in answers.items() if holds is None),
+        mutated=mutated,
+        target=target,
+    )

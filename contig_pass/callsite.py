@@ -1,15 +1,17 @@
 """Reading and replacing the tensor operands of one FX node.
 
 A *call site* is a node that calls an op, directly or behind ``auto_functionalized``, which
-torch.compile puts around a custom op that mutates an argument. Everything that depends on how a
-node stores its operands is here; the rest of the package speaks of operands by name.
+torch.compile puts around a custom op that mutates an argument; a node that calls a user's Triton
+kernel; or one that calls a subgraph. Everything that depends on how a node stores its operands is
+here; the rest of the package speaks of operands by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,10 @@ from torch._higher_order_ops.auto_functionalize import (
     auto_functionalized_v2,
     get_mutable_args,
     read_view_information_from_args,
+)
+from torch._higher_order_ops.triton_kernel_wrap import (
+    triton_kernel_wrapper_functional,
+    triton_kernel_wrapper_mutation,
 )
 
 from contig_pass.inductor.ops import contiguous_op
@@ -35,12 +41,15 @@ class Operand:
         node: the FX node that produces the tensor; for an argument that the op writes to behind
             ``auto_functionalized_v2``, the node that owns its memory.
         value: the operand's fake tensor.
+        path: where the node stores it: ``("args", 0)``, ``("kwargs", "scales", 1)``, ...;
+            empty for an argument that the op writes to behind ``auto_functionalized_v2``.
     """
 
     argument: str
     index: int | None
     node: fx.Node
     value: torch.Tensor
+    path: tuple[int | str, ...]
 
     @property
     def name(self) -> str:
@@ -78,24 +87,86 @@ def _argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
 
 def operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
     """Tensor operands given at ``node``, each tensor of a list by itself."""
-    for name, value in arguments(node, op).items():
-        if isinstance(value, fx.Node):
-            yield from _operand(name, None, value)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                if isinstance(item, fx.Node):
-                    yield from _operand(name, index, item)
+    names = _argument_names(op)
+    if is_functionalized(node):
+        given = {name: ("kwargs", name) for name in node.kwargs if name in names}
+    else:
+        given = {name: ("args", i) for i, name in enumerate(names[: len(node.args)])}
+        given |= {name: ("kwargs", name) for name in node.kwargs}
+    for name, path in given.items():
+        yield from _stored(node, name, path)
     if node.target is auto_functionalized_v2:
         yield from _written_operands(node, op)
 
 
-def _operand(argument: str, index: int | None, node: fx.Node) -> Iterator[Operand]:
+def triton_operands(node: fx.Node) -> Iterator[Operand]:
+    """Tensor arguments of a user's Triton kernel, by the kernel's names for them."""
+    for name in node.kwargs["kwargs"]:  # type: ignore[union-attr]
+        yield from _stored(node, name, ("kwargs", "kwargs", name))
+
+
+def is_triton_kernel(node: fx.Node) -> bool:
+    """Whether ``node`` calls a user's Triton kernel, in functional or in mutating form."""
+    return node.target in (triton_kernel_wrapper_functional, triton_kernel_wrapper_mutation)
+
+
+def mutates_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` is the form of a Triton call that writes to its operands themselves."""
+    return node.target is triton_kernel_wrapper_mutation
+
+
+@dataclass(frozen=True)
+class SubgraphCall:
+    """A node that calls graphs once, with operands that are their placeholders one by one.
+
+    Attributes:
+        graphs: the graphs that it may call.
+        operands: (position among the placeholders, operand) of each tensor.
+    """
+
+    graphs: tuple[fx.GraphModule, ...]
+    operands: tuple[tuple[int, Operand], ...]
+
+
+def subgraph_call(node: fx.Node) -> SubgraphCall | None:
+    """How ``node`` calls subgraphs: ``invoke_subgraph`` or ``cond``; ``None`` for all others.
+
+    Loops are left out: what they pass on comes from their own bodies from the second round on.
+    """
+    if node.target is torch.ops.higher_order.invoke_subgraph:
+        names, paths = node.args[:1], [("args", i) for i in range(2, len(node.args))]
+    elif node.target is torch.ops.higher_order.cond:
+        names, paths = node.args[1:3], [("args", 3, i) for i in range(len(node.args[3]))]
+    else:
+        return None
+    graphs = tuple(getattr(node.graph.owning_module, name.target) for name in names)
+    found = [
+        (position, operand)
+        for position, path in enumerate(paths)
+        for operand in _stored(node, f"operand {position}", path)
+    ]
+    return SubgraphCall(graphs, tuple(found))
+
+
+def _stored(node: fx.Node, name: str, path: tuple[int | str, ...]) -> Iterator[Operand]:
+    value = _at((node.args, node.kwargs), path)
+    if isinstance(value, fx.Node):
+        yield from _operand(name, None, value, path)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if isinstance(item, fx.Node):
+                yield from _operand(name, index, item, (*path, index))
+
+
+def _operand(
+    argument: str, index: int | None, node: fx.Node, path: tuple[int | str, ...]
+) -> Iterator[Operand]:
     # A copy that is there already is judged by what it copies: the plan decides anew.
     if node.target is contiguous_op():
         node = node.args[0]  # type: ignore[assignment]
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        yield Operand(argument, index, node, value)
+        yield Operand(argument, index, node, value, path)
 
 
 def _written_operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
@@ -111,7 +182,7 @@ def _written_operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Oper
             if info is not None:
                 owner = node.kwargs["_all_bases"][info.base_index]
                 position = index if isinstance(view, list) else None
-                yield Operand(name, position, owner, info.regenerate_view(bases))
+                yield Operand(name, position, owner, info.regenerate_view(bases), ())
 
 
 @functools.cache
@@ -124,49 +195,114 @@ def mutated_arguments(op: torch._ops.OpOverload) -> frozenset[str]:
     )
 
 
-def replace_operand(
-    node: fx.Node, op: torch._ops.OpOverload, operand: Operand, new: fx.Node
-) -> fx.Node:
+def replace_operand(node: fx.Node, operand: Operand, new: fx.Node) -> fx.Node:
     """Let ``node`` read ``new`` where it read ``operand``; returns what it read before.
 
-    No other user of ``operand`` is touched.
-
-    ``meta["eager_input_vals"]`` is rewritten as well: Inductor restores the strides it holds, so
-    a fix that left it as it was would be undone.
+    No other user of ``operand`` is touched. ``meta["eager_input_vals"]`` is rewritten as well:
+    Inductor restores the strides it holds, so a fix that left it as it was would be undone.
     """
-    position = None if is_functionalized(node) else _argument_names(op).index(operand.argument)
-    given = arguments(node, op)[operand.argument]
-    earlier = given if operand.index is None else given[operand.index]
-    node.args, node.kwargs = _with_operand(
-        node.args, node.kwargs, position, operand, new
-    )
+    earlier = _at((node.args, node.kwargs), operand.path)
+    node.args, node.kwargs = _replaced((node.args, node.kwargs), operand.path, new)
     eager = node.meta.get("eager_input_vals")
     if eager is not None:
-        node.meta["eager_input_vals"] = _with_operand(
-            *eager, position, operand, new.meta["val"]
-        )
+        value = new.meta["val"]
+        node.meta["eager_input_vals"] = _replaced(eager, operand.path, value)
     return earlier
 
 
-def _with_operand(
-    args: tuple, kwargs: dict, position: int | None, operand: Operand, value: Any
-) -> tuple[tuple, dict]:
-    """``args`` and ``kwargs`` with ``value`` at ``operand``, wherever the two store it."""
-    if position is not None and position < len(args):
-        new = _in_list(args[position], operand.index, value)
-        return (*args[:position], new, *args[position + 1 :]), dict(kwargs)
-    if operand.argument not in kwargs:
-        return args, dict(kwargs)
-    return args, {
-        **kwargs,
-        operand.argument: _in_list(kwargs[operand.argument], operand.index, value),
-    }
+def can_redirect(node: fx.Node, operand: Operand) -> bool:
+    """Whether the op may write to other memory than ``operand``, to be put back afterwards.
+
+    It may where ``node`` is functional and no other argument writes to the same base.
+    """
+    if node.target is not auto_functionalized_v2 or operand.path or operand.index is not None:
+        return False
+    written = [key for key in node.kwargs if key.endswith("_base_index")]
+    bases = [node.kwargs[key] for key in written]
+    return bases.count(_base_of(node, operand)) == 1
 
 
-def _in_list(held: Any, index: int | None, value: Any) -> Any:
-    if index is None:
+def written_base(node: fx.Node, operand: Operand) -> fx.Node:
+    """The node that owns the memory which ``node`` writes ``operand`` to."""
+    return node.kwargs["_all_bases"][_base_of(node, operand)]  # type: ignore[index, return-value]
+
+
+def redirect(node: fx.Node, operand: Operand, copy: fx.Node) -> fx.Node:
+    """Let the op at ``node`` write to ``copy`` instead of ``operand``.
+
+    Returns the node that holds what it has written there: the new value of the copy.
+    """
+    base = _base_of(node, operand)
+    described = f"_{operand.argument}_"
+
+    def redirected(kwargs: Mapping[str, Any], to: Any) -> dict[str, Any]:
+        kept = {
+            key: held
+            for key, held in kwargs.items()
+            if not (key.startswith(described) and key.removeprefix(described) in _VIEW_KEYS)
+        }
+        return _nested({**kept, f"{described}alias": True}, ("_all_bases", base), to)
+
+    value = copy.meta["val"]
+    node.kwargs = redirected(node.kwargs, copy)
+    eager = node.meta.get("eager_input_vals")
+    if eager is not None:
+        node.meta["eager_input_vals"] = (eager[0], redirected(eager[1], value))
+    op = called_op(node)
+    position = max(len(op._schema.returns), 1) + base
+    values = list(node.meta["val"])
+    values[position] = value
+    node.meta["val"] = tuple(values)
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == position:
+            user.meta["val"] = value
+            return user
+    with node.graph.inserting_after(node):
+        written = node.graph.call_function(operator.getitem, (node, position))
+    written.meta["val"] = value
+    return written
+
+
+#: How ``auto_functionalized_v2`` spells out which view of its base an argument is.
+_VIEW_KEYS = frozenset(
+    {"alias", "slice_dim", "slice_start", "slice_end", "size", "stride", "storage_offset"}
+)
+
+
+def _base_of(node: fx.Node, operand: Operand) -> int:
+    return node.kwargs[f"_{operand.argument}_base_index"]  # type: ignore[return-value]
+
+
+def _at(stored: tuple[Any, Any], path: tuple[int | str, ...]) -> Any:
+    held = stored[_SIDES.index(path[0])]
+    for key in path[1:]:
+        held = held[key]
+    return held
+
+
+_SIDES = ("args", "kwargs")
+
+
+def _replaced(
+    stored: tuple[Any, Any], path: tuple[int | str, ...], value: Any
+) -> tuple[Any, Any]:
+    """``stored`` (args, kwargs) with ``value`` at ``path``; as it is where the path leads out."""
+    side = _SIDES.index(path[0])
+    parts = list(stored)
+    # Not every version keeps the nested values of a call.
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        parts[side] = _nested(parts[side], path[1:], value)
+    return parts[0], parts[1]
+
+
+def _nested(held: Any, path: tuple[int | str, ...], value: Any) -> Any:
+    if not path:
         return value
-    return type(held)((*held[:index], value, *held[index + 1 :]))
+    key, rest = path[0], path[1:]
+    new = _nested(held[key], rest, value)
+    if isinstance(key, str):
+        return {**held, key: new}
+    return type(held)((*held[:key], new, *held[key + 1 :]))
 
 
 def view_base(node: fx.Node) -> fx.Node | None:
@@ -201,3 +337,23 @@ def _viewed_argument(op: torch._ops.OpOverload) -> int | None:
         if info is not None and not info.is_write and returned & set(info.before_set):
             return position
     return None
+
+
+#: Namespaces whose results torch itself allocates, or Inductor for it.
+_TRANSPARENT = frozenset({"aten", "prims", "inductor", "contig_pass", "rngprims"})
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether ``node`` owns memory that only its callee knows: what a fake tensor says of its
+    address need not hold. So it is with custom ops and with subgraphs."""
+    producer, position = node, 0
+    if node.target is operator.getitem:
+        producer, position = node.args  # type: ignore[assignment]
+    if producer.op != "call_function" or is_triton_kernel(producer):
+        return False
+    op = called_op(producer)
+    if op is None:
+        return isinstance(producer.target, torch._ops.HigherOrderOperator)
+    if is_functionalized(producer) and position >= len(op._schema.returns):
+        return False  # what the op wrote to
+    return op.namespace not in _TRANSPARENT

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from contig_pass.callsite import Operand, view_base
+from contig_pass.callsite import Operand, is_opaque, view_base
 from contig_pass.layout import ABSOLUTE, FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout
 
 #: Kinds of root.
 INPUT = "input"
 CONSTANT = "constant"
 COMPUTED = "computed"
+#: Memory that something other than the compiler allocated: a custom op, a subgraph.
+OPAQUE = "opaque"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Fact:
     Attributes:
         layout: sizes, strides, byte offset.
         root: the node that owns the memory.
-        kind: ``"input"``, ``"constant"`` or ``"computed"``.
+        kind: ``"input"``, ``"constant"``, ``"computed"`` or ``"opaque"``.
     """
 
     layout: Layout
@@ -65,6 +67,8 @@ def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
     if root.op == "placeholder":
         base_alignment = INPUT_ALIGNMENT if root.name in aligned_inputs else owner.dtype.itemsize
         kind = INPUT
+    elif is_opaque(root):
+        base_alignment, kind = value.dtype.itemsize, OPAQUE
     elif root.op == "get_attr":
         kind = CONSTANT
         start, base_alignment = _start_of_constant(root)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
-from contig_pass.callsite import called_op, operands, view_base
+from contig_pass.callsite import (
+    Operand,
+    called_op,
+    is_triton_kernel,
+    operands,
+    subgraph_call,
+    triton_operands,
+    view_base,
+)
 from contig_pass.contracts.registry import REGISTRY
+from contig_pass.inductor.ops import copy_with_strides
 from contig_pass.layout import INPUT_ALIGNMENT
 
 #: Ops that may turn out to be no copy at all once Inductor has simplified the graph.
@@ -20,21 +31,41 @@ _PERHAPS_NO_COPY = frozenset(
 
 
 def reached_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """Placeholders whose memory an operand of a contract op can be, in order of the inputs."""
+    """Placeholders whose memory a bound operand can be, in order of the inputs."""
     reached: set[fx.Node] = set()
     for node in graph.nodes:
-        op = called_op(node)
-        if op is None or not REGISTRY.knows(op):
-            continue
-        for operand in operands(node, op):
+        for operand in _bound_operands(node):
             root: fx.Node | None = operand.node
             while root is not None and root.op != "placeholder":
                 root = root.args[0] if root.target in _PERHAPS_NO_COPY else view_base(root)
             if root is not None:
                 reached.add(root)
-    return [
-        node for node in graph.nodes if node.op == "placeholder" and node in reached
-    ]
+    return [node for node in graph.nodes if node.op == "placeholder" and node in reached]
+
+
+def reaching_operands(node: fx.Node) -> Iterator[Operand]:
+    """Operands of a subgraph call whose memory a bound operand inside can be."""
+    call = subgraph_call(node)
+    if call is None:
+        return
+    inside = set()
+    for module in call.graphs:
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        inside.update(placeholders.index(n) for n in reached_inputs(module.graph))
+    yield from (operand for position, operand in call.operands if position in inside)
+
+
+def _bound_operands(node: fx.Node) -> Iterator[Operand]:
+    if node.op != "call_function":
+        return
+    op = called_op(node)
+    if op is not None:
+        if REGISTRY.knows(op):
+            yield from operands(node, op)
+    elif is_triton_kernel(node):
+        yield from triton_operands(node)
+    else:
+        yield from reaching_operands(node)
 
 
 def realigned(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,8 +75,4 @@ def realigned(tensor: torch.Tensor) -> torch.Tensor:
     """
     if tensor.data_ptr() % INPUT_ALIGNMENT == 0:
         return tensor
-    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() == 0:
-        return tensor
-    flat = torch.as_strided(tensor, (extent,), (1,)).clone()
-    return torch.as_strided(flat, tensor.shape, tensor.stride())
+    return copy_with_strides(tensor)

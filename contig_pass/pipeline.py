@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from types import MappingProxyType
 
 from torch import fx
 
@@ -16,7 +17,14 @@ from contig_pass.rewrite import apply_plan
 
 
 def repair(
-    graph: fx.Graph, options: Options, aligned_inputs: Set[str], *, name: str, pinning: bool
+    graph: fx.Graph,
+    options: Options,
+    aligned_inputs: Set[str],
+    *,
+    name: str,
+    pinning: bool,
+    parameters: Mapping[str, str] = MappingProxyType({}),
+    only: Set[str] | None = None,
 ) -> Report:
     """Make every bound use of ``graph`` legal, in place, and report what was done.
 
@@ -27,6 +35,8 @@ def repair(
         name: the graph's name in the report.
         pinning: hold the compiler to layouts that are right already; pointless where the graph
             is run as it stands.
+        parameters: names of the parameters by the names of their placeholders.
+        only: repair uses of these placeholders' memory only; ``None``: all.
 
     Raises:
         LayoutViolation: policy ``strict``, and a use can be neither proved nor repaired.
@@ -34,10 +44,11 @@ def repair(
     started = time.perf_counter()
     density = options.policy in (DENSE, AUDIT)
     analysis = analyse(
-        graph, aligned_inputs=aligned_inputs, density=density, target=options.target
+        graph, aligned_inputs=aligned_inputs, density=density, target=options.target, only=only
     )
     plan = make_plan(analysis, options.policy, pinning=pinning)
     before = lines_of(plan)
     copies = apply_plan(graph, plan)
     hunks = hunks_of(plan, copies, before)
-    return make_report(name, analysis, plan, copies, hunks, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return make_report(name, analysis, plan, copies, hunks, seconds, parameters)

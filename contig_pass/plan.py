@@ -13,11 +13,20 @@ import torch
 from torch import fx
 
 from contig_pass.analysis import Analysis, Use
-from contig_pass.contracts.rules import KEEP, ROW, AlignedPointer, Rule, dim_order, order_name
+from contig_pass.callsite import can_redirect
+from contig_pass.contracts.rules import (
+    KEEP,
+    ROW,
+    STRIDES,
+    AlignedPointer,
+    Rule,
+    dim_order,
+    order_name,
+)
 from contig_pass.cost import bandwidth_of
 from contig_pass.errors import LayoutViolation
-from contig_pass.facts import COMPUTED
-from contig_pass.layout import FRESH_ALIGNMENT, Layout, dense_strides
+from contig_pass.facts import COMPUTED, OPAQUE
+from contig_pass.layout import FRESH_ALIGNMENT, IntLike, Layout, dense_strides
 from contig_pass.provenance import origin_of
 
 DENSE = "dense"
@@ -39,6 +48,7 @@ class Fix:
         nbytes: bytes read plus bytes written for the copy's sake; ``None`` if symbolic.
         microseconds: modelled time for them; ``None`` if symbolic.
         fused: the copy is computed by its producer's kernel, so nothing is read again.
+        write_back: the op writes to the copy, and what it wrote is put back where it belongs.
     """
 
     source: fx.Node
@@ -48,6 +58,22 @@ class Fix:
     nbytes: int | None = None
     microseconds: float | None = None
     fused: bool = False
+    write_back: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Check:
+    """Uses of memory that an opaque op allocated: its address is looked at when the graph runs.
+
+    Attributes:
+        source: the node whose value is looked at.
+        alignment: bytes that its address must be a multiple of; if it is not, it is copied.
+        uses: the uses that read it.
+    """
+
+    source: fx.Node
+    alignment: int
+    uses: tuple[Use, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +101,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do to a graph: relayouts, pins, and what is left alone and why."""
+    """What to do to a graph: relayouts, pins, checks, and what is left alone and why."""
 
     policy: str
     fixes: tuple[Fix, ...]
     pins: tuple[Pin, ...]
+    checks: tuple[Check, ...]
     skips: tuple[Skip, ...]
 
 
@@ -89,9 +116,10 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
     Raises:
         LayoutViolation: policy ``strict``, and a use can be neither proved legal nor repaired.
     """
-    fixes: dict[tuple[fx.Node, str], Fix] = {}
+    fixes: dict[tuple[fx.Node, str, Use | None], Fix] = {}
     skips: list[Skip] = []
     held: list[Use] = []
+    opaque: dict[fx.Node, list[Use]] = {}
     for use in analysis.uses:
         if use.clean:
             held.append(use)
@@ -99,6 +127,9 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
             continue
         if policy == AUDIT:
             skips.append(Skip(use, "policy audit: nothing is changed"))
+            continue
+        if _only_address_open(use):
+            opaque.setdefault(use.operand.node, []).append(use)
             continue
         remedy = _remedy(use)
         if remedy.obstacle is not None:
@@ -108,13 +139,18 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
         if not remedy.helps:
             held.append(use)
             continue
-        key = (use.operand.node, remedy.order)
-        fix = Fix(use.operand.node, remedy.order, remedy.after)
+        fix = Fix(use.operand.node, remedy.order, remedy.after, write_back=use.mutated)
+        # What an op writes to is nobody else's copy.
+        key = (use.operand.node, remedy.order, use if use.mutated else None)
         fixes.setdefault(key, fix).uses.append(use)
     for fix in fixes.values():
         _price(fix)
     pins = tuple(_pins(held)) if pinning and policy != AUDIT else ()
-    return Plan(policy, tuple(fixes.values()), pins, tuple(skips))
+    checks = tuple(
+        Check(source, max(_alignment(use.rules) for use in uses), tuple(uses))
+        for source, uses in opaque.items()
+    )
+    return Plan(policy, tuple(fixes.values()), pins, checks, tuple(skips))
 
 
 # -- safety --------------------------------------------------------------------------------------
@@ -137,11 +173,21 @@ class _Remedy:
     obstacle: str | None
 
 
+def _only_address_open(use: Use) -> bool:
+    """Whether all that is open is where an opaque op's memory starts."""
+    open_ = all(isinstance(rule, AlignedPointer) for rule in use.unknown)
+    return use.fact.kind == OPAQUE and not use.broken and not use.mutated and open_
+
+
 def _remedy(use: Use) -> _Remedy:
-    order = _order_of(use)
-    after = _copy_layout(use.fact.layout, order)
-    name = order_name(order)
-    if use.mutated:
+    if use.contract.keep_strides:
+        name, after = STRIDES, _copy_layout(use.fact.layout, use.fact.layout.strides)
+    else:
+        order = _order_of(use)
+        shape = use.fact.layout.shape
+        name = order_name(order)
+        after = _copy_layout(use.fact.layout, dense_strides(shape, order))
+    if use.mutated and not can_redirect(use.node, use.operand):
         reason = "the op writes to this operand, and a copy would lose what it writes"
         return _Remedy(name, after, False, reason)
     open_rules = (*use.broken, *use.unknown)
@@ -165,21 +211,14 @@ def _order_of(use: Use) -> tuple[int, ...]:
     orders = [rule.order for rule in use.rules if rule.order is not None]
     kept = dim_order(KEEP, layout)
     if use.contract.keep_order or not orders:
-        after = _copy_layout(layout, kept)
+        after = _copy_layout(layout, dense_strides(layout.shape, kept))
         if all(rule.check(after) is not False for rule in use.rules if rule.by_copy):
             return kept
     return dim_order(orders[0] if orders else ROW, layout)
 
 
-def _copy_layout(before: Layout, order: tuple[int, ...]) -> Layout:
-    return Layout(
-        before.shape,
-        dense_strides(before.shape, order),
-        0,
-        FRESH_ALIGNMENT,
-        before.dtype,
-        before.device,
-    )
+def _copy_layout(before: Layout, strides: tuple[IntLike, ...]) -> Layout:
+    return Layout(before.shape, strides, 0, FRESH_ALIGNMENT, before.dtype, before.device)
 
 
 def _strict_message(use: Use, obstacle: str) -> str:
@@ -229,6 +268,8 @@ def _price(fix: Fix) -> None:
         fix.nbytes = nbytes if others else 0
     else:
         fix.nbytes = 2 * nbytes
+    if fix.write_back:
+        fix.nbytes += 2 * nbytes
     target = fix.uses[0].target
     fix.microseconds = bandwidth_of(target).microseconds(fix.nbytes)
 

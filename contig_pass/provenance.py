@@ -56,6 +56,13 @@ def module_path(node: fx.Node) -> str:
     return _SUBMODULE.sub(r".\1", path).strip(".")
 
 
+def parameter_name(source: str) -> str:
+    """Dotted path of a parameter or buffer from Dynamo's name of where it was found."""
+    path = _ROOTS.sub("", source)
+    path = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", f".{path}")
+    return re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path).replace("..", ".").strip(".")
+
+
 def repeated(module: str) -> str:
     """``module`` with layer numbers as ``*``, so that equal blocks have one name."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", module)

@@ -9,9 +9,12 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from contig_pass.analysis import Use
-from contig_pass.callsite import replace_operand
-from contig_pass.inductor.ops import contiguous_op, empty_in_order, pin_op
+from contig_pass.callsite import redirect, replace_operand, written_base
+from contig_pass.contracts.rules import STRIDES
+from contig_pass.inductor.ops import checked_op, contiguous_op, empty_in_order, pin_op
 from contig_pass.plan import Fix, Plan
+
+aten = torch.ops.aten
 
 #: What a new node takes over from its consumer, so that reports, profiles and the pattern
 #: matcher's regions see it as part of that consumer.
@@ -27,21 +30,27 @@ _INHERITED = (
 
 
 def apply_plan(graph: fx.Graph, plan: Plan) -> dict[Fix, fx.Node]:
-    """Insert the relayouts and pins of ``plan`` into ``graph``; returns each fix's new node.
+    """Insert what ``plan`` asks for into ``graph``; returns each fix's new node.
 
     Only the planned uses read the new nodes: other users of the same value, the graph's outputs
     and every alias stay as they are.
     """
-    if not plan.fixes and not plan.pins:
+    if not plan.fixes and not plan.pins and not plan.checks:
         return {}
     positions = {node: index for index, node in enumerate(graph.nodes)}
     copies = {}
     for fix in plan.fixes:
-        args = (fix.source, fix.order)
-        copies[fix] = _insert(graph, positions, contiguous_op(), args, _copied(fix), fix.uses)
+        if not fix.write_back:
+            value, args = _copied(fix.source, fix.order), (fix.source, fix.order)
+            copies[fix] = _insert(graph, positions, contiguous_op(), args, value, fix.uses)
+    for check in plan.checks:
+        value, args = _copied(check.source, STRIDES), (check.source, check.alignment)
+        _insert(graph, positions, checked_op(), args, value, check.uses)
     for pin in plan.pins:
         value = pin.source.meta["val"]
         _insert(graph, positions, pin_op(), (pin.source, pin.alignment), value, pin.uses)
+    # Last, since they take over every user of what the op wrote to.
+    copies |= {fix: _insert_written(graph, fix) for fix in plan.fixes if fix.write_back}
     return copies
 
 
@@ -55,26 +64,55 @@ def _insert(
 ) -> fx.Node:
     first = min((use.node for use in uses), key=positions.__getitem__)
     with graph.inserting_before(first):
-        new = graph.call_function(op, args)
-    for key in _INHERITED:
-        if key in first.meta:
-            new.meta[key] = first.meta[key]
-    new.meta["val"] = value
+        new = _new_node(graph, op, args, value, first)
     for use in uses:
-        earlier = replace_operand(use.node, use.op, use.operand, new)
-        if earlier.target is op and not earlier.users:
+        earlier = replace_operand(use.node, use.operand, new)
+        if earlier.target is contiguous_op() and not earlier.users:
             graph.erase_node(earlier)  # a copy made while tracing, planned anew
     return new
 
 
-def _copied(fix: Fix) -> torch.Tensor:
-    """The fake tensor of a fix's copy: a storage of its own, as the op's fake would make it.
+def _insert_written(graph: fx.Graph, fix: Fix) -> fx.Node:
+    """A copy for an op to write to, and what it wrote put back into the copied view's base."""
+    (use,) = fix.uses
+    node, base = use.node, written_base(use.node, use.operand)
+    original = use.operand.value
+    view = (list(original.size()), list(original.stride()), original.storage_offset())
+    with graph.inserting_before(node):
+        taken = _new_node(graph, aten.as_strided.default, (base, *view), original, node)
+        value = _copied(taken, fix.order)
+        copy = _new_node(graph, contiguous_op(), (taken, fix.order), value, node)
+    written = redirect(node, use.operand, copy)
+    users = list(written.users)
+    with graph.inserting_after(written):
+        args = (base, written, *view)
+        whole = _new_node(
+            graph, aten.as_strided_scatter.default, args, base.meta["val"], node
+        )
+    for user in users:
+        user.replace_input_with(written, whole)
+    return copy
+
+
+def _new_node(
+    graph: fx.Graph, op: torch._ops.OpOverload, args: tuple, value: torch.Tensor, like: fx.Node
+) -> fx.Node:
+    new = graph.call_function(op, args)
+    for key in _INHERITED:
+        if key in like.meta:
+            new.meta[key] = like.meta[key]
+    new.meta["val"] = value
+    return new
+
+
+def _copied(source: fx.Node, order: str) -> torch.Tensor:
+    """The fake tensor of a copy of ``source``: a storage of its own, as the op's fake would make.
 
     Made directly, since dispatching ``empty_strided`` takes six times as long.
     """
-    value = fix.source.meta["val"]
+    value = source.meta["val"]
     if not isinstance(value, FakeTensor):
-        return empty_in_order(value, fix.order)
+        return empty_in_order(value, order)
     with in_kernel_invocation_manager(value.fake_mode):
-        storage = empty_in_order(value, fix.order, device="meta")
+        storage = empty_in_order(value, order, device="meta")
     return FakeTensor(value.fake_mode, storage, value.device)

@@ -60,6 +60,7 @@ ALWAYS = When("always", lambda call: True)
 SCALED_MM = "scaled matmul"
 ATTENTION = "attention"
 CUSTOM = "registered op"
+CALLS = "kernels and subgraphs called"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Contract:
         keep_order: a repairing copy keeps the operand's order of dimensions, because the op's
             result takes its strides from it.
         dense: policy ``dense`` asks for density beyond the rules.
+        keep_strides: a repairing copy keeps the operand's strides, because the callee was made
+            for them.
     """
 
     op: str
@@ -86,6 +89,7 @@ class Contract:
     family: str = CUSTOM
     keep_order: bool = False
     dense: bool = False
+    keep_strides: bool = False
 
     def describe(self) -> str:
         """The contract in one line."""

@@ -16,6 +16,8 @@ from contig_pass.layout import FRESH_ALIGNMENT, Known, Layout
 ROW = "row"
 COLUMN = "column"
 KEEP = "keep"
+#: Order of a copy that keeps the strides, gaps included.
+STRIDES = "strides"
 
 
 @dataclass(frozen=True)

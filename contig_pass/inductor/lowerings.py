@@ -1,8 +1,9 @@
-"""How Inductor lowers the two ops of :mod:`contig_pass.inductor.ops`.
+"""How Inductor lowers the ops of :mod:`contig_pass.inductor.ops`.
 
 ``contiguous`` becomes a pointwise copy into a buffer whose layout is frozen: the scheduler fuses
 it with the producer, and neither ``cat`` nor a later layout decision can move it. ``pin`` freezes
 the buffer that is there and emits nothing, unless the buffer lies elsewhere than the graph says.
+``checked`` becomes a call at run time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import sympy
 import torch
 
-from contig_pass.contracts.rules import parse_order
-from contig_pass.inductor.ops import contiguous_op, pin_op
+from contig_pass.contracts.rules import STRIDES, parse_order
+from contig_pass.inductor.ops import checked_op, contiguous_op, pin_op
 
 #: Inductor's C++ backend cannot load or store these; their bytes it can.
 _AS_BYTES = tuple(
@@ -32,10 +33,13 @@ def install() -> None:
 
     register_lowering(contiguous_op(), type_promotion_kind=None)(_lower_contiguous)
     register_lowering(pin_op(), type_promotion_kind=None)(_lower_pin)
+    register_lowering(checked_op(), type_promotion_kind=None)(_lower_checked)
 
 
 def _lower_contiguous(x: Any, order: str) -> Any:
     size = x.get_size()
+    if order == STRIDES:
+        return _fresh(x, _strides_in_graph())
     strides: list[sympy.Expr] = [sympy.S.One] * len(size)
     step: sympy.Expr = sympy.S.One
     for dim in reversed(parse_order(order, len(size))):
@@ -46,14 +50,42 @@ def _lower_contiguous(x: Any, order: str) -> Any:
 
 def _lower_pin(x: Any, alignment: int) -> Any:
     from torch._inductor import ir
-    from torch._inductor.virtualized import V
 
-    value = V.graph.current_node.meta["val"]
-    strides = [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    strides = _strides_in_graph()
     held = ir.ExternKernel.require_exact_strides(x, strides)
     if _starts_aligned(held, alignment):
         return held
     return _fresh(held, strides)
+
+
+def _lower_checked(x: Any, alignment: int) -> Any:
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    strides = _strides_in_graph()
+    if V.graph.cpp_wrapper:
+        return _fresh(x, strides)  # a package has no Python to ask, so it always copies
+    held = ir.ExternKernel.require_exact_strides(x, strides)
+    # Kernels that read it must not count on an address that only this op sees to.
+    V.graph.unaligned_buffers.add(_buffer_of(held).get_name())
+    return lowering.fallback_handler(checked_op(), add_to_fallback_set=False)(held, alignment)
+
+
+def _buffer_of(x: Any) -> Any:
+    """The buffer that holds the memory of realized ``x``."""
+    from torch._inductor import ir
+
+    while isinstance(x, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
+        x = x.data
+    return x
+
+
+def _strides_in_graph() -> list[Any]:
+    """Strides that the node being lowered has in the graph."""
+    from torch._inductor.virtualized import V
+
+    value = V.graph.current_node.meta["val"]
+    return [s.node.expr if isinstance(s, torch.SymInt) else s for s in value.stride()]
 
 
 def _fresh(x: Any, strides: Sequence[sympy.Expr]) -> Any:

@@ -21,7 +21,7 @@ import torch
 from contig_pass.contracts.rules import KEEP, ROW, dim_order, order_name
 from contig_pass.inductor.ops import contiguous_op
 from contig_pass.inductor.tracing import in_contig_safe
-from contig_pass.layout import Layout
+from contig_pass.layout import FRESH_ALIGNMENT, Layout, known
 
 _installing = threading.Lock()
 _state = threading.local()
@@ -153,9 +153,16 @@ def _relax_attention() -> None:
         return op._op_dk(composite, query, key, value, *args, **kwargs)
 
 
+def _unit(tensor: torch.Tensor) -> bool:
+    """Whether the last dimension has unit stride, or may have."""
+    return known(tensor.stride(-1) == 1) is not False or known(tensor.shape[-1] <= 1) is True
+
+
 def _with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    layout = Layout.of(tensor)
-    if layout.unit_stride(-1) is not False:
+    if tensor.dim() == 0 or _unit(tensor):
         return tensor
+    layout = Layout(
+        tuple(tensor.shape), tuple(tensor.stride()), 0, FRESH_ALIGNMENT, tensor.dtype, tensor.device
+    )
     kept = dim_order(KEEP, layout)
     return contiguous_op()(tensor, order_name(kept) if kept[-1] == layout.ndim - 1 else ROW)

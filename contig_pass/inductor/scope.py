@@ -11,16 +11,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from contig_pass.callsite import subgraph_call
 from contig_pass.errors import InductorHookError
 from contig_pass.inputs import reached_inputs
+from contig_pass.provenance import parameter_name
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a graph's placeholders, by name.
+
+    Attributes:
+        aligned: those that start on 16 bytes whenever the graph runs.
+        parameters: parameters and buffers, and their names in the user's model.
+    """
+
+    aligned: frozenset[str] = frozenset()
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,22 +44,35 @@ class Scope:
     """One compile of one graph.
 
     Attributes:
-        module: the graph's module; its subgraphs have inputs of their own.
-        aligned_inputs: names of its placeholders that are realigned at run time.
-        positions: the same, as positions among the placeholders.
+        inputs: of the graph and of the subgraphs that it calls, by module.
+        positions: of the graph's inputs that are realigned at run time.
     """
 
-    module: fx.GraphModule
-    aligned_inputs: frozenset[str]
+    inputs: Mapping[fx.GraphModule, Inputs]
     positions: frozenset[int]
 
     @classmethod
-    def of(cls, module: fx.GraphModule) -> Scope:
-        """The scope for ``module``: every tensor input that a contract can reach."""
-        names = frozenset(node.name for node in reached_inputs(module.graph))
+    def of(cls, module: fx.GraphModule, parameters: Mapping[str, str]) -> Scope:
+        """The scope for ``module``: every tensor input that a contract can reach is realigned,
+        and every operand of a subgraph that one inside can reach."""
+        aligned = _reached(module)
+        inputs = {module: Inputs(aligned, parameters)}
+        inputs |= {inner: Inputs(_reached(inner)) for inner in _called_graphs(module)}
         placeholders = (n for n in module.graph.nodes if n.op == "placeholder")
-        positions = frozenset(i for i, node in enumerate(placeholders) if node.name in names)
-        return cls(module, names, positions)
+        positions = frozenset(i for i, node in enumerate(placeholders) if node.name in aligned)
+        return cls(inputs, positions)
+
+
+def _reached(module: fx.GraphModule) -> frozenset[str]:
+    return frozenset(node.name for node in reached_inputs(module.graph))
+
+
+def _called_graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    for node in module.graph.nodes:
+        call = subgraph_call(node)
+        for inner in call.graphs if call is not None else ():
+            yield inner
+            yield from _called_graphs(inner)
 
 
 _CURRENT: ContextVar[Scope | None] = ContextVar("contig_pass_scope", default=None)
@@ -54,19 +83,37 @@ def in_progress() -> bool:
     return _CURRENT.get() is not None
 
 
-def aligned_inputs(graph: fx.Graph) -> frozenset[str]:
-    """Names of the placeholders of ``graph`` that the compile in progress realigns."""
+def inputs_of(graph: fx.Graph) -> Inputs:
+    """What the compile in progress knows of the placeholders of ``graph``."""
     scope = _CURRENT.get()
-    if scope is None or graph.owning_module is not scope.module:
-        return frozenset()
-    return scope.aligned_inputs
+    found = None if scope is None else scope.inputs.get(graph.owning_module)
+    return found or Inputs()
+
+
+def parameter_names(module: fx.GraphModule) -> tuple[str, ...]:
+    """Names in the user's model of the inputs of a graph that Dynamo traced, in their order."""
+    names = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = getattr(source, "name", "")
+            names.append(parameter_name(name() if callable(name) else name))
+    return tuple(names)
 
 
 @contextlib.contextmanager
-def compiling(module: fx.GraphModule) -> Iterator[Scope]:
-    """Inside the block, inputs of ``module`` that contracts reach are checked at run time."""
-    _install_check()
-    scope = Scope.of(module)
+def compiling(
+    module: fx.GraphModule, names: Sequence[str] = (), kwargs: Mapping[str, Any] | None = None
+) -> Iterator[Scope]:
+    """Inside the block, inputs of ``module`` that contracts reach are checked at run time.
+
+    Args:
+        module: what Inductor is to compile.
+        names: of the inputs of the graph that Dynamo traced.
+        kwargs: what ``compile_fx_inner`` is called with.
+    """
+    install()
+    scope = Scope.of(module, _parameters(module, names, kwargs or {}))
     token = _CURRENT.set(scope)
     try:
         yield scope
@@ -74,9 +121,28 @@ def compiling(module: fx.GraphModule) -> Iterator[Scope]:
         _CURRENT.reset(token)
 
 
+def _parameters(
+    module: fx.GraphModule, names: Sequence[str], kwargs: Mapping[str, Any]
+) -> dict[str, str]:
+    if kwargs.get("is_backward"):
+        return {}  # what is static there is what the forward graph saved
+    placeholders = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    given = names if len(names) == len(placeholders) else ("?",) * len(placeholders)
+    static = [i for i in kwargs.get("static_input_idxs") or () if i < len(placeholders)]
+    return {placeholders[i]: given[i] or "?" for i in static}
+
+
+_installing = threading.Lock()
+
+
+def install() -> None:
+    """Let Inductor's choice of inputs to check ask the scope, once a process."""
+    with _installing:
+        _install_check()
+
+
 @functools.cache
 def _install_check() -> None:
-    """Let Inductor's choice of inputs to check ask the scope, once a process."""
     from torch._inductor import compile_fx
 
     original = getattr(compile_fx, "get_input_idxs_to_check", None)

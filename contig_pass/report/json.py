@@ -1,6 +1,6 @@
-"""A report as JSON, version 1.
+"""A report as JSON, version 2.
 
-A file is an object ``{"schema": "contig_pass.report", "version": 1, "reports": [report, ...]}``.
+A file is an object ``{"schema": "contig_pass.report", "version": 2, "reports": [report, ...]}``.
 A report has the fields of :class:`~contig_pass.report.model.Report`:
 
 =============  ===================================================================================
@@ -10,15 +10,17 @@ graph          string: name of the compiled graph, or several with ", " between
 policy         "dense", "contract", "audit" or "strict"
 targets        strings: devices whose demands counted, such as "sm90"
 bandwidth      string: what modelled times rest on
-totals         object of numbers: nodes, uses, clean, fixes, fixed_uses, skips, pins, nbytes,
-               microseconds
+totals         object of numbers: nodes, uses, clean, fixes, fixed_uses, skips, pins, checks,
+               preparable (bytes a call), nbytes, microseconds
 rows           objects, see below
 hunks          objects {module, lines}; a line is [mark, text], mark one of " ", "-", "+"
 seconds        number: time that the pass took
+cached         boolean: the graph came out of a compile cache
 =============  ===================================================================================
 
 A row has kind ("fix" or "skip"), reason, rules (strings), source, op, operand, node, dtype, shape,
-device, before, after, order, copy, nbytes, microseconds, fused, module, file, lineno, code.
+device, before, after, order, copy, nbytes, microseconds, fused, write_back, parameter, once,
+module, file, lineno, code.
 ``before`` and ``after`` are objects {strides, offset, alignment} (offset in bytes); ``after``,
 ``order``, ``copy``, ``nbytes`` and ``microseconds`` are null where they do not apply. A symbolic
 size, stride or offset is a string.

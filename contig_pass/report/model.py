@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch import fx
 
@@ -13,7 +15,7 @@ from contig_pass.plan import Fix, Plan, Skip
 from contig_pass.provenance import origin_of
 
 #: Version of the JSON form of a report.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 FIX = "fix"
 SKIP = "skip"
@@ -59,6 +61,10 @@ class Row:
             ``None`` if symbolic or a skip.
         microseconds: modelled time for them; likewise.
         fused: the copy is written by its producer's kernel.
+        write_back: the op writes to the copy, and what it wrote is put back.
+        parameter: dotted name of the parameter or buffer whose memory is copied on every call,
+            ``"?"`` if it has none that is known; ``None`` if no parameter is.
+        once: the copy is made once, while compiling, and not on every call.
         module: dotted path of the module in the user's program.
         file, lineno, code: the user's source line.
     """
@@ -80,6 +86,9 @@ class Row:
     nbytes: int | None
     microseconds: float | None
     fused: bool
+    write_back: bool
+    parameter: str | None
+    once: bool
     module: str
     file: str
     lineno: int
@@ -111,6 +120,8 @@ class Totals:
         fixed_uses: uses that read them.
         skips: uses left alone with a reason.
         pins: values that the compiler is held to the layout of.
+        checks: values from opaque ops whose address is looked at when the graph runs.
+        preparable: bytes a call that ``prepare`` would save: of copies of whole parameters.
         nbytes: bytes read plus written by the copies, where known.
         microseconds: modelled time of the copies, where known.
     """
@@ -122,6 +133,8 @@ class Totals:
     fixed_uses: int
     skips: int
     pins: int
+    checks: int
+    preparable: int
     nbytes: int
     microseconds: float
 
@@ -139,6 +152,8 @@ class Report:
         rows: every fix and every skip.
         hunks: the graph diff.
         seconds: time that analysis, plan and rewrite took.
+        cached: the graph came out of a compile cache; the report is that of the compile that put
+            it there.
     """
 
     graph: str
@@ -149,6 +164,7 @@ class Report:
     rows: tuple[Row, ...]
     hunks: tuple[Hunk, ...]
     seconds: float = 0.0
+    cached: bool = False
 
     @property
     def fixes(self) -> tuple[Row, ...]:
@@ -178,6 +194,7 @@ def make_report(
     copies: dict[Fix, fx.Node],
     hunks: tuple[Hunk, ...],
     seconds: float,
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> Report:
     """The report of one graph after its plan was carried out.
 
@@ -188,8 +205,13 @@ def make_report(
         copies: the node that each fix became.
         hunks: the graph diff.
         seconds: time that the pass took.
+        parameters: names of the parameters by the names of their placeholders.
     """
-    rows = [row for fix in plan.fixes for row in _fix_rows(fix, copies[fix].name)]
+    rows = [
+        row
+        for fix in plan.fixes
+        for row in _fix_rows(fix, copies[fix].name, parameters.get(fix.uses[0].fact.root.name))
+    ]
     rows += [_skip_row(skip) for skip in plan.skips]
     targets = sorted({use.target.name: use.target for use in analysis.uses}.items())
     totals = Totals(
@@ -200,6 +222,12 @@ def make_report(
         fixed_uses=sum(len(fix.uses) for fix in plan.fixes),
         skips=len(plan.skips),
         pins=len(plan.pins),
+        checks=len(plan.checks),
+        preparable=sum(
+            fix.nbytes or 0
+            for fix in plan.fixes
+            if fix.uses[0].fact.root.name in parameters and _whole(fix)
+        ),
         nbytes=sum(fix.nbytes or 0 for fix in plan.fixes),
         microseconds=sum(fix.microseconds or 0.0 for fix in plan.fixes),
     )
@@ -244,7 +272,13 @@ def merge(reports: list[Report]) -> Report:
     )
 
 
-def _fix_rows(fix: Fix, copy: str) -> list[Row]:
+def _whole(fix: Fix) -> bool:
+    """Whether every element of the memory's owner is copied."""
+    owner = fix.uses[0].fact.root.meta["val"]
+    return owner.numel() * owner.dtype.itemsize == fix.after.nbytes
+
+
+def _fix_rows(fix: Fix, copy: str, parameter: str | None) -> list[Row]:
     rows = []
     for position, use in enumerate(fix.uses):
         first = position == 0
@@ -259,6 +293,8 @@ def _fix_rows(fix: Fix, copy: str) -> list[Row]:
                 nbytes=fix.nbytes if first else 0,
                 microseconds=fix.microseconds if first else 0.0,
                 fused=fix.fused,
+                write_back=fix.write_back,
+                parameter=parameter,
             )
         )
     return rows
@@ -285,6 +321,8 @@ def _row(
     nbytes: int | None = None,
     microseconds: float | None = None,
     fused: bool = False,
+    write_back: bool = False,
+    parameter: str | None = None,
 ) -> Row:
     layout = use.fact.layout
     origin = origin_of(use.node)
@@ -306,6 +344,9 @@ def _row(
         nbytes=nbytes,
         microseconds=microseconds,
         fused=fused,
+        write_back=write_back,
+        parameter=parameter,
+        once=False,
         module=origin.module,
         file=origin.file,
         lineno=origin.lineno,

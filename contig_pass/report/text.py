@@ -93,7 +93,16 @@ def _headline(report: Report, width: int) -> str:
             f"the copies move {_bytes(totals.nbytes)} in {_us(totals.microseconds)} (modelled; "
             f"{report.bandwidth})"
         )
-    lines.append(f"{totals.pins} layouts held; pass time {report.seconds * 1e3:.1f} ms")
+    if totals.preparable:
+        lines.append(
+            f"{_bytes(totals.preparable)} of that are parameters, copied on every call: "
+            "contig_pass.prepare(model, ...) copies them once"
+        )
+    checks = f", {totals.checks} looked at when the graph runs" if totals.checks else ""
+    passed = "from a compile cache, " if report.cached else ""
+    lines.append(
+        f"{totals.pins} layouts held{checks}; {passed}pass time {report.seconds * 1e3:.1f} ms"
+    )
     return _wrapped(lines, width)
 
 
