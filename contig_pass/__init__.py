@@ -15,6 +15,7 @@ from contig_pass.contracts.rules import (
 )
 from contig_pass.errors import ContigPassError
 from contig_pass.explain import explain
+from contig_pass.export import aoti_compile_and_package, apply
 from contig_pass.report.log import forget_reports, last_reports
 from contig_pass.report.model import Report
 
@@ -30,6 +31,8 @@ __all__ = [
     "RowMajor",
     "Rule",
     "UnitStrideLast",
+    "aoti_compile_and_package",
+    "apply",
     "contig_safe",
     "explain",
     "forget_reports",

@@ -42,6 +42,10 @@ def contracts() -> Iterator[Contract]:
         source = BACKWARD if name.endswith("backward") else H100
         for operand in operands:
             yield Contract(op, operand, rules, source, _CUDA, ATTENTION, keep_order=True)
+    # Before decomposition the op stands for whichever backend it will choose.
+    for operand in _TENSORS:
+        op = "aten::scaled_dot_product_attention.default"
+        yield Contract(op, operand, rules, H100, _CUDA, ATTENTION, keep_order=True)
     # The CPU kernel steps through q, k and v by unit stride; it takes a mask of any strides.
     for operand in _TENSORS:
         yield Contract(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -11,7 +12,7 @@ from contig_pass.inductor import lowerings, scaled_mm
 from contig_pass.inductor.freezing import FOLDING_HOOK, FoldingPass
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
 from contig_pass.inductor.replay import Delivery, delivering
-from contig_pass.inductor.scope import compiling, parameter_names
+from contig_pass.inductor.scope import compiling, parameter_names, repairing
 from contig_pass.inductor.tracing import backend_call
 from contig_pass.options import Options
 from contig_pass.report.model import Report
@@ -47,14 +48,28 @@ def compile_with_inductor(
         )
 
 
+@contextlib.contextmanager
+def packaging(
+    options: Options, deliver: Callable[[Report], None]
+) -> Iterator[dict[str, Any]]:
+    """Inside the block, AOTInductor may be called with the options that it yields."""
+    lowerings.install()
+    scaled_mm.install()
+    with backend_call(), repairing():
+        yield pass_patches(options, Delivery(deliver))
+
+
 def pass_patches(options: Options, delivery: Delivery) -> dict[str, Any]:
     """Inductor options that put the layout pass where it belongs, beside the user's own."""
     from torch._inductor import config
 
     patches = dict(options.inductor)
     user_pass = patches.pop(HOOK, getattr(config, HOOK))
-    patches[HOOK] = LayoutPass(options, delivery, user_pass)
-    if patches.get("freezing", config.freezing):
+    freezing = patches.get("freezing", config.freezing)
+    # Inductor's cache keys a frozen graph by the shapes of its constants, and has been seen (torch
+    # 2.13) to serve one with the values of another process.
+    patches[HOOK] = LayoutPass(options, delivery, user_pass, cacheable=not freezing)
+    if freezing:
         user_pass = patches.pop(FOLDING_HOOK, getattr(config, FOLDING_HOOK))
         patches[FOLDING_HOOK] = FoldingPass(options, delivery.add_folded, user_pass)
     return patches

@@ -32,11 +32,17 @@ class LayoutPass(InferenceAware or custom_graph_pass.CustomGraphPass):  # type: 
         deliver: called with the report of each graph.
         user_pass: a pass, or a list of passes, that the user configured for the same hook; it
             runs first.
+        cacheable: whether the compiled graph may go into Inductor's caches.
     """
 
     def __init__(
-        self, options: Options, deliver: Callable[[Report], None], user_pass: Any = None
+        self,
+        options: Options,
+        deliver: Callable[[Report], None],
+        user_pass: Any = None,
+        cacheable: bool = True,
     ) -> None:
+        self._cacheable = cacheable
         self._options = options
         self._deliver = deliver
         self._user_passes = UserPasses(user_pass)
@@ -52,5 +58,5 @@ class LayoutPass(InferenceAware or custom_graph_pass.CustomGraphPass):  # type: 
         )
 
     def uuid(self) -> Any | None:
-        """All that the result depends on; ``None`` (no caching) if a user's pass gives none."""
-        return self._user_passes.uuid(fingerprint(self._options))
+        """All that the result depends on; ``None``: no caching, as if a user's pass gives none."""
+        return self._user_passes.uuid(fingerprint(self._options)) if self._cacheable else None

@@ -121,6 +121,16 @@ def compiling(
         _CURRENT.reset(token)
 
 
+@contextlib.contextmanager
+def repairing() -> Iterator[None]:
+    """Inside the block graphs are compiled whose inputs nobody realigns."""
+    token = _CURRENT.set(Scope({}, frozenset()))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
 def _parameters(
     module: fx.GraphModule, names: Sequence[str], kwargs: Mapping[str, Any]
 ) -> dict[str, str]:
