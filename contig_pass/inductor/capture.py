@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import torch
 
+from contig_pass.inductor import hooks
+
 _FUNCTIONS = ("_scaled_mm_v2", "_scaled_grouped_mm_v2")
 
 
 def install() -> None:
     """Let Dynamo take those functions into graphs, as later versions do."""
-    try:
-        from torch._dynamo.trace_rules import lookup
-        from torch._dynamo.variables import SkipFunctionVariable
-    except ImportError:
-        return  # a version after those that need it
+    lookup = hooks.TRACE_RULES.find()
+    if lookup is None or not hooks.TRACE_RULES.expected():
+        return
+    from torch._dynamo.variables import SkipFunctionVariable
 
     for name in _FUNCTIONS:
         function = getattr(torch, name, None)

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import fx
 
-from contig_pass.inductor import lowerings, scaled_mm
+from contig_pass.inductor import hooks, lowerings, scaled_mm
 from contig_pass.inductor.freezing import FOLDING_HOOK, FoldingPass
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
+from contig_pass.inductor.honesty import SIZE_ASSERTS, told_plainly
 from contig_pass.inductor.replay import Delivery, delivering
 from contig_pass.inductor.scope import compiling, parameter_names, repairing
 from contig_pass.inductor.tracing import backend_call
 from contig_pass.options import Options
+from contig_pass.plan import STRICT
 from contig_pass.report.model import Report
 
 
@@ -31,8 +33,7 @@ def compile_with_inductor(
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    lowerings.install()
-    scaled_mm.install()
+    _install()
     delivery = Delivery(deliver)
     patches = pass_patches(options, delivery)
     names = parameter_names(module)
@@ -43,9 +44,16 @@ def compile_with_inductor(
             return compile_fx_inner(graph, inputs, **kwargs)
 
     with delivering(delivery):
-        return compile_fx(
+        compiled = compile_fx(
             module, example_inputs, inner_compile=inner_compile, config_patches=patches
         )
+    return told_plainly(compiled) if options.policy == STRICT else compiled
+
+
+def _install() -> None:
+    hooks.self_test()
+    lowerings.install()
+    scaled_mm.install()
 
 
 @contextlib.contextmanager
@@ -53,8 +61,7 @@ def packaging(
     options: Options, deliver: Callable[[Report], None]
 ) -> Iterator[dict[str, Any]]:
     """Inside the block, AOTInductor may be called with the options that it yields."""
-    lowerings.install()
-    scaled_mm.install()
+    _install()
     with backend_call(), repairing():
         yield pass_patches(options, Delivery(deliver))
 
@@ -64,12 +71,14 @@ def pass_patches(options: Options, delivery: Delivery) -> dict[str, Any]:
     from torch._inductor import config
 
     patches = dict(options.inductor)
+    if options.policy == STRICT:
+        patches.setdefault(SIZE_ASSERTS, True)
     user_pass = patches.pop(HOOK, getattr(config, HOOK))
     freezing = patches.get("freezing", config.freezing)
     # Inductor's cache keys a frozen graph by the shapes of its constants, and has been seen (torch
     # 2.13) to serve one with the values of another process.
     patches[HOOK] = LayoutPass(options, delivery, user_pass, cacheable=not freezing)
-    if freezing:
+    if freezing and hooks.FOLDING_PASS.exists():
         user_pass = patches.pop(FOLDING_HOOK, getattr(config, FOLDING_HOOK))
         patches[FOLDING_HOOK] = FoldingPass(options, delivery.add_folded, user_pass)
     return patches

@@ -9,6 +9,7 @@ the buffer that is there and emits nothing, unless the buffer lies elsewhere tha
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,17 @@ _AS_BYTES = tuple(
 )
 
 
-@functools.cache
+_installing = threading.Lock()
+
+
 def install() -> None:
     """Register the lowerings with Inductor, once a process."""
+    with _installing:
+        _register()
+
+
+@functools.cache
+def _register() -> None:
     from torch._inductor.lowering import register_lowering
 
     register_lowering(contiguous_op(), type_promotion_kind=None)(_lower_contiguous)

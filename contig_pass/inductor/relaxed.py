@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from contig_pass.contracts.rules import KEEP, ROW, dim_order, order_name
+from contig_pass.inductor import hooks
 from contig_pass.inductor.ops import contiguous_op
 from contig_pass.inductor.tracing import in_contig_safe
 from contig_pass.layout import FRESH_ALIGNMENT, Layout, known
@@ -31,17 +32,21 @@ _state = threading.local()
 def _wrap_all() -> None:
     from torch import _meta_registrations
 
-    checks = {
-        "_check_scaled_mm_sizes": _scaled_variants,
-        "_check_scaled_mm_sizes_v2": _scaled_variants,
-        "_meta_grouped_mm_common": _grouped_variants,
-    }
-    for name, variants in checks.items():
-        original = getattr(_meta_registrations, name, None)
-        if original is not None:  # 2.14 has no v2 form, and checks nothing there
-            setattr(_meta_registrations, name, _relaxed(original, variants))
-    _keep_out_of_the_fake_cache()
+    if hooks.CURRENT_TRACE.find() is None:
+        return
     _relax_attention()
+    if hooks.FAKE_CACHE.find() is None:
+        return  # other backends would be served what only contig_safe may see
+    _keep_out_of_the_fake_cache()
+    checks = {
+        hooks.SCALED_CHECK: _scaled_variants,
+        hooks.SCALED_CHECK_V2: _scaled_variants,
+        hooks.GROUPED_CHECK: _grouped_variants,
+    }
+    for hook, variants in checks.items():
+        original = hook.find()
+        if original is not None:
+            setattr(_meta_registrations, hook.name, _relaxed(original, variants))
 
 
 def install() -> None:

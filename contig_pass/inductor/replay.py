@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from contig_pass.errors import ReportError
+from contig_pass.inductor import hooks
 from contig_pass.report.json import from_file, to_file
 from contig_pass.report.model import Report, merge
 
@@ -102,7 +103,9 @@ def install() -> None:
 def _wrap_post_compile() -> None:
     from torch._inductor.output_code import CompiledFxGraph
 
-    original = CompiledFxGraph.post_compile
+    original = hooks.POST_COMPILE.find()
+    if original is None:
+        return
 
     @functools.wraps(original)
     def post_compile(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -143,14 +146,9 @@ def _stored(key: str) -> bytes | None:
 @functools.cache
 def _artifact_type() -> Any:
     """The kind of artifact that reports are in ``torch.compiler.save_cache_artifacts``."""
-    try:
-        from torch.compiler._cache import CacheArtifact, CacheArtifactFactory
-    except ImportError:
-        _logger.warning(
-            "this torch has no torch.compiler._cache: reports do not travel with "
-            "save_cache_artifacts"
-        )
+    if hooks.CACHE_ARTIFACTS.find() is None:
         return None
+    from torch.compiler._cache import CacheArtifact, CacheArtifactFactory
 
     class ReportArtifact(CacheArtifact):
         def populate_cache(self) -> None:

@@ -9,20 +9,28 @@ AssertionError (seen in torch 2.11; 2.13 has the same lines). A view in a Tensor
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
+
+from contig_pass.inductor import hooks
+
+_installing = threading.Lock()
+
+
+def install() -> None:
+    """Box bare views before the lowering unsqueezes them, once a process."""
+    with _installing:
+        _wrap_lowering()
 
 
 @functools.cache
-def install() -> None:
-    """Box bare views before the lowering unsqueezes them, once a process."""
-    try:
-        from torch._inductor.template_heuristics import triton
-    except ImportError:
-        return
-    mixin = getattr(triton, "BaseScaledMMConfigMixin", None)
-    if mixin is None or "adjust_kernel_inputs" not in vars(mixin):
+def _wrap_lowering() -> None:
+    original = hooks.SCALED_LOWERING.find()
+    if original is None:
         return  # another version's lowering; if it has the fault, its own error says so
-    mixin.adjust_kernel_inputs = _with_boxes(mixin.adjust_kernel_inputs)
+    from torch._inductor.template_heuristics import triton
+
+    triton.BaseScaledMMConfigMixin.adjust_kernel_inputs = _with_boxes(original)
 
 
 def _with_boxes(original: Any) -> Any:

@@ -17,11 +17,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from contig_pass.callsite import subgraph_call
-from contig_pass.errors import InductorHookError
 from contig_pass.inputs import reached_inputs
 from contig_pass.provenance import parameter_name
 
@@ -155,13 +153,7 @@ def install() -> None:
 def _install_check() -> None:
     from torch._inductor import compile_fx
 
-    original = getattr(compile_fx, "get_input_idxs_to_check", None)
-    if original is None:
-        raise InductorHookError(
-            f"torch {torch.__version__} has no compile_fx.get_input_idxs_to_check: misaligned "
-            "inputs cannot be realigned; use options={'inner': 'aot_eager'} or another torch"
-        )
-    compile_fx.get_input_idxs_to_check = _with_scope(original)
+    compile_fx.get_input_idxs_to_check = _with_scope(compile_fx.get_input_idxs_to_check)
 
 
 def _with_scope(original: Callable[..., Sequence[int]]) -> Callable[..., Sequence[int]]:
