@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.faults.program import BF16, E4M3, Case, Program
+from benchmarks.faults.program import (
+    BF16,
+    E4M3,
+    Case,
+    Program,
+    finite_bytes,
+    integers,
+    normal,
+    simple,
+)
 
 ops = torch.ops.faults
 E8M0 = torch.float8_e8m0fnu
@@ -21,33 +30,11 @@ def programs() -> Iterator[Program]:
     for group, builders in _GROUPS.items():
         for name, build in builders.items():
             yield Program(name, group, build)
-    yield Program(
-        "subgraph called with offsets 0 and 1", "routes", _nested_region,
-        beyond="operands of subgraphs come with the hardening of the core",
-    )
-
-
-def _normal(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, device=device).to(dtype)
-
-
-def _bytes(device: str, *shape: int) -> torch.Tensor:
-    # Values whose bit patterns are finite in every one-byte type.
-    return torch.randint(1, 120, shape, device=device, dtype=torch.uint8)
-
-
-def _simple(
-    function: Callable[..., object], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Callable[[str], Case]:
-    def build(device: str) -> Case:
-        return Case(function, [tuple(_normal(device, *shape, dtype=dtype) for shape in shapes)])
-
-    return build
 
 
 def _on_bytes(function: Callable[..., object], *shapes: tuple[int, ...]) -> Callable[[str], Case]:
     def build(device: str) -> Case:
-        return Case(function, [tuple(_bytes(device, *shape) for shape in shapes)])
+        return Case(function, [tuple(finite_bytes(device, *shape) for shape in shapes)])
 
     return build
 
@@ -58,10 +45,7 @@ def _on_integers(
     """Small integers as floats: exact in whatever order and precision they are summed."""
 
     def build(device: str) -> Case:
-        return Case(
-            function,
-            [tuple(torch.randint(-4, 5, shape, device=device).float() for shape in shapes)],
-        )
+        return Case(function, [tuple(integers(device, *shape) for shape in shapes)])
 
     return build
 
@@ -185,7 +169,7 @@ def _mutated_slice(x: torch.Tensor) -> torch.Tensor:
 
 def _offsets(*offsets: int) -> Callable[[str], Case]:
     def build(device: str) -> Case:
-        base = _normal(device, 40 * 64 + 16)
+        base = normal(device, 40 * 64 + 16)
         calls = [(base[o : o + 40 * 64].view(40, 64).detach(),) for o in offsets]
         return Case(lambda x: ops.rows(x), calls)
 
@@ -193,7 +177,7 @@ def _offsets(*offsets: int) -> Callable[[str], Case]:
 
 
 def _slice_undone_by_prologue(device: str) -> Case:
-    flat = _bytes(device, 8192)
+    flat = finite_bytes(device, 8192)
     calls = [(flat[o : o + 4096],) for o in (1, 0, 2)]
     return Case(lambda b: ops.rows(b[15 : 15 + 64 * 32].view(E4M3).view(32, 64)), calls)
 
@@ -205,19 +189,19 @@ def _mutated_input(device: str) -> Case:
         return out
 
     def call(offset: int) -> tuple[torch.Tensor]:
-        return (_normal(device, 40 * 64 + 16)[offset : offset + 40 * 64].view(40, 64),)
+        return (normal(device, 40 * 64 + 16)[offset : offset + 40 * 64].view(40, 64),)
 
     return Case(function, [call(1), call(0), call(3)])
 
 
 def _aliased_output(device: str) -> Case:
-    base = _normal(device, 40 * 64 + 16)[5 : 5 + 40 * 64].view(40, 64)
+    base = normal(device, 40 * 64 + 16)[5 : 5 + 40 * 64].view(40, 64)
     return Case(lambda x: (ops.rows(x), x[1:], x), [(base,)])
 
 
 def _dynamic(function: Callable[[torch.Tensor], object], *widths: int) -> Callable[[str], Case]:
     def build(device: str) -> Case:
-        calls = [(_normal(device, 30 + i, width),) for i, width in enumerate(widths)]
+        calls = [(normal(device, 30 + i, width),) for i, width in enumerate(widths)]
         return Case(function, calls, dynamic=True)
 
     return build
@@ -230,7 +214,7 @@ def _unbacked(device: str) -> Case:
         torch._check(start + 32 <= x.shape[1])
         return ops.rows(x.narrow(1, start, 32))
 
-    x = _normal(device, 40, 128)
+    x = normal(device, 40, 128)
     return Case(function, [(x, torch.tensor(n)) for n in (3, 16, 5)])
 
 
@@ -247,7 +231,7 @@ class _Linear(torch.nn.Module):
 
 def _parameter(*offsets: int) -> Callable[[str], Case]:
     def build(device: str) -> Case:
-        flat = _normal(device, 48 * 64 + 16)
+        flat = normal(device, 48 * 64 + 16)
         weights = [flat[o : o + 48 * 64].view(48, 64) for o in offsets]
         layer = _Linear(weights[0])
 
@@ -258,57 +242,46 @@ def _parameter(*offsets: int) -> Callable[[str], Case]:
             layer.weight.data = weight
             return function(x, weight)
 
-        x = _normal(device, 16, 64)
+        x = normal(device, 16, 64)
         case = Case(swapped, [(x, weight) for weight in weights])
         return case if len(offsets) > 1 else Case(function, [(x, weights[0])])
 
     return build
 
 
-def _nested_region(device: str) -> Case:
-    @torch.compiler.nested_compile_region
-    def region(x: torch.Tensor) -> torch.Tensor:
-        return ops.rows(x)
-
-    def function(b: torch.Tensor) -> torch.Tensor:
-        return region(b[: 32 * 64].view(32, 64)) + region(b[1 : 1 + 32 * 64].view(32, 64))
-
-    return Case(function, [(_normal(device, 32 * 64 + 16),)])
-
-
 _GROUPS: dict[str, dict[str, Callable[[str], Case]]] = {
     "copies dropped": {
-        "as_strided, contiguous() is no copy": _simple(_contiguous_is_no_copy, (2100,)),
-        "user's clone of a misaligned view": _simple(_user_clone, (2100,)),
-        "a column-major, b row-major": _simple(_column_major_product, (64, 32), (64, 48)[::-1]),
-        "transposed, scaled, contiguous()": _simple(_transposed_then_scaled, (64, 32)),
-        "two uses and another user of one view": _simple(_two_views_of_one, (2100,)),
-        "other users keep the view": _simple(_other_users, (32, 65)),
+        "as_strided, contiguous() is no copy": simple(_contiguous_is_no_copy, (2100,)),
+        "user's clone of a misaligned view": simple(_user_clone, (2100,)),
+        "a column-major, b row-major": simple(_column_major_product, (64, 32), (64, 48)[::-1]),
+        "transposed, scaled, contiguous()": simple(_transposed_then_scaled, (64, 32)),
+        "two uses and another user of one view": simple(_two_views_of_one, (2100,)),
+        "other users keep the view": simple(_other_users, (32, 65)),
     },
     "memory placed elsewhere": {
-        "fresh fp8 appended by cat, rows": _simple(_cat_rows, (3, 20), (5, 20)),
-        "fresh fp8 appended by cat, columns": _simple(_cat_columns, (16, 5), (16, 64)),
-        "fresh fp8 stacked": _simple(_stacked, (5, 20)),
-        "fp8 split, second part": _simple(_split_fp8, (32, 96)),
+        "fresh fp8 appended by cat, rows": simple(_cat_rows, (3, 20), (5, 20)),
+        "fresh fp8 appended by cat, columns": simple(_cat_columns, (16, 5), (16, 64)),
+        "fresh fp8 stacked": simple(_stacked, (5, 20)),
+        "fp8 split, second part": simple(_split_fp8, (32, 96)),
         "convolution, channels last": _on_integers(_convolution, (1, 16, 8, 9), (24, 16, 3, 3)),
-        "transposed activation cast to fp8": _simple(_transposed_cast, (64, 32), (48, 64)),
-        "one row expanded": _simple(_expanded_rows, (4, 64), (48, 64)),
-        "slice of an extern product": _simple(_extern_then_slice, (32, 16), (16, 40)),
+        "transposed activation cast to fp8": simple(_transposed_cast, (64, 32), (48, 64)),
+        "one row expanded": simple(_expanded_rows, (4, 64), (48, 64)),
+        "slice of an extern product": simple(_extern_then_slice, (32, 16), (16, 40)),
     },
     "views": {
         "fp8 weight at an odd byte": lambda device: Case(
-            _flat_weight, [(_normal(device, 32, 64), _bytes(device, 4000))]
+            _flat_weight, [(normal(device, 32, 64), finite_bytes(device, 4000))]
         ),
         "fp8 weight with padded rows": lambda device: Case(
-            _padded_weight, [(_normal(device, 32, 64), _bytes(device, 4000))]
+            _padded_weight, [(normal(device, 32, 64), finite_bytes(device, 4000))]
         ),
-        "biases sliced from one buffer": _simple(_sliced_bias, (32, 64), (48, 64), (100,)),
+        "biases sliced from one buffer": simple(_sliced_bias, (32, 64), (48, 64), (100,)),
         "chain of dtype views": _on_bytes(_dtype_views, (2060,)),
         "e8m0 scales, slice of rows": _on_bytes(_scale_bytes, (4000,)),
         "packed fp4 at an odd byte": _on_bytes(_packed_bytes, (4000,)),
-        "list of tensors": _simple(_tensor_list, (64,), dtype=BF16),
-        "op that mutates another operand": _simple(_mutating_op, (40, 73)),
-        "op that mutates a slice": _simple(_mutated_slice, (40, 73)),
+        "list of tensors": simple(_tensor_list, (64,), dtype=BF16),
+        "op that mutates another operand": simple(_mutating_op, (40, 73)),
+        "op that mutates a slice": simple(_mutated_slice, (40, 73)),
     },
     "routes": {
         "aligned first, misaligned later": _offsets(0, 1, 8, 3),

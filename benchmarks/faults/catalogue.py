@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.faults import adversarial, attention, matmul
+from benchmarks.faults import adversarial, attention, compiles, matmul, routes, subgraphs, training
 from benchmarks.faults.program import Program
 
 
@@ -13,3 +13,7 @@ def catalogue() -> Iterator[Program]:
     yield from matmul.programs()
     yield from attention.programs()
     yield from adversarial.programs()
+    yield from routes.programs()
+    yield from subgraphs.programs()
+    yield from training.programs()
+    yield from compiles.programs()

@@ -1,10 +1,9 @@
 """``python -m benchmarks faults``: the fault table.
 
-Every program of the catalogue runs in a process of its own, under eager mode, Inductor and
-contig_safe (``--modes``), on the CPU with emulated kernels or on a GPU with the real ones.
-Required: contig_safe is right in every program that it promises, bit-equal to dense aligned
-copies of the operands; programs that the tracer refuses, and those marked as beyond the present
-stage, are shown but not required.
+Every program of the catalogue runs in a process of its own, under eager mode, aot_eager, Inductor
+and contig_safe (``--modes``), on the CPU with emulated kernels or on a GPU with the real ones.
+Required: contig_safe is right in every program, bit-equal to dense aligned copies of the operands,
+and an error in the few that no layout makes legal.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from benchmarks.faults.program import Program
 from benchmarks.faults.worker import CONTIG_SAFE, MODES, REFUSED, RIGHT, Result
 from benchmarks.machine import write_json
 
-DEFAULT_MODES = ("eager", "inductor", "contig_safe")
 _OUTCOMES = (
     RIGHT, worker.WRONG, worker.CALL_ERROR, worker.LATER_ERROR, REFUSED, worker.TIMEOUT,
     worker.CRASH,
@@ -41,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("faults", help="programs with faulty layouts, and who is right")
     default = "cuda" if torch.cuda.device_count() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--group", help="only groups whose name contains this")
     parser.add_argument("--only", help="only programs whose name contains this")
     parser.add_argument("--quick", action="store_true", help="every seventh program")
@@ -90,11 +88,11 @@ def chosen(args: argparse.Namespace) -> Iterable[Program]:
 
 def acceptable(program: Program, result: Result) -> bool:
     """Whether ``result`` is what the project promises of ``program``."""
-    if result.mode != CONTIG_SAFE or program.beyond is not None:
+    if result.mode != CONTIG_SAFE:
         return True
     if program.illegal:
         return result.outcome in (worker.CALL_ERROR, worker.LATER_ERROR, REFUSED)
-    return result.outcome in (RIGHT, REFUSED)
+    return result.outcome == RIGHT
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -185,9 +183,9 @@ def table(programs: Sequence[Program], modes: Sequence[str], results: Sequence[R
         if program.group != group:
             group = program.group
             rows.append((f"-- {group}", *("" for _ in modes)))
-        mark = " (*)" if program.illegal else " (+)" if program.beyond else ""
+        mark = " (*)" if program.illegal else ""
         rows.append((program.name + mark, *(outcomes[*_key(program), mode] for mode in modes)))
-    legend = "(*) no layout is legal: an error is right   (+) beyond the present stage"
+    legend = "(*) no layout is legal: an error is right"
     return f"{tabulate(rows, ('program', *modes))}\n{legend}\n"
 
 

@@ -1,14 +1,18 @@
-"""What a faulty program is, and the layouts that are planted in it."""
+"""What a faulty program is, how a mode runs it, and the layouts that are planted in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 E4M3 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
+
+EAGER, AOT_EAGER, INDUCTOR, CONTIG_SAFE = "eager", "aot_eager", "inductor", "contig_safe"
+MODES = (EAGER, AOT_EAGER, INDUCTOR, CONTIG_SAFE)
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,18 @@ class Case:
         function: the program.
         calls: arguments of each call, in order; the outputs of all of them count.
         dynamic: compile with symbolic shapes.
+        prepare: what a mode runs, from ``function`` and the mode's name, where that is not
+            ``compiled(function, mode)``; the reference always runs ``function`` itself.
+        grad: run with autograd on.
+        caches: compile with the compiler's caches on, in a directory of the process's own.
     """
 
     function: Callable[..., object]
     calls: Sequence[tuple]
     dynamic: bool | None = None
+    prepare: Callable[[Callable[..., Any], str], Callable[..., Any]] | None = None
+    grad: bool = False
+    caches: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,6 @@ class Program:
         build: makes the case on a device.
         devices: where it can run.
         illegal: no layout makes it legal: every way of running it must raise, none may return.
-        beyond: why the project's present stage does not promise it; shown, not required.
     """
 
     name: str
@@ -44,7 +54,89 @@ class Program:
     build: Callable[[str], Case]
     devices: tuple[str, ...] = ("cpu", "cuda")
     illegal: bool = False
-    beyond: str | None = None
+
+
+def compiled(
+    function: Callable[..., Any], mode: str, /, *, dynamic: bool | None = None, **more: Any
+) -> Callable[..., Any]:
+    """``function`` as ``mode`` runs it.
+
+    Args:
+        function: what to compile.
+        mode: one of :data:`MODES`.
+        dynamic: as ``torch.compile`` takes it.
+        more: ``options`` or ``mode`` of ``torch.compile``; only for the modes with Inductor.
+    """
+    if mode == EAGER:
+        return function
+    if mode == AOT_EAGER:
+        return torch.compile(function, backend=mode, dynamic=dynamic)
+    backend: Any = mode
+    if mode == CONTIG_SAFE:
+        from contig_pass import contig_safe
+
+        backend = contig_safe
+    return torch.compile(function, backend=backend, dynamic=dynamic, **more)
+
+
+def around(
+    inner: Callable[..., Any],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+    calls: Sequence[tuple],
+    *,
+    dynamic: bool | None = None,
+    grad: bool = False,
+) -> Case:
+    """A case that compiles ``inner`` and calls it from ``wrap(inner)``, which is not compiled."""
+
+    def prepare(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        return wrap(compiled(inner, mode, dynamic=dynamic))
+
+    return Case(wrap(inner), calls, prepare=prepare, grad=grad)
+
+
+# -- values --------------------------------------------------------------------------------------
+
+
+def normal(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal values."""
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def integers(device: str, *shape: int) -> torch.Tensor:
+    """Small integers as fp32: exact in whatever order and precision they are summed."""
+    return torch.randint(-4, 5, shape, device=device).float()
+
+
+def finite_bytes(device: str, *shape: int) -> torch.Tensor:
+    """Bytes that are finite numbers in every one-byte type."""
+    return torch.randint(1, 120, shape, device=device, dtype=torch.uint8)
+
+
+def window(flat: torch.Tensor, offset: int, *shape: int) -> torch.Tensor:
+    """A dense view of ``shape`` that starts at element ``offset`` of ``flat``."""
+    return flat[offset : offset + torch.Size(shape).numel()].view(shape)
+
+
+def windows(device: str, *offsets: int, rows: int = 40, columns: int = 64) -> list[torch.Tensor]:
+    """One matrix per offset, each in a buffer of its own."""
+    return [
+        window(integers(device, rows * columns + 64), offset, rows, columns) for offset in offsets
+    ]
+
+
+def simple(
+    function: Callable[..., object], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Callable[[str], Case]:
+    """One call of ``function`` on normal values."""
+
+    def build(device: str) -> Case:
+        return Case(function, [tuple(normal(device, *shape, dtype=dtype) for shape in shapes)])
+
+    return build
+
+
+# -- layouts -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ independent of contig_pass, and does what the measured kernels do when one is br
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -79,6 +80,24 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return values(x) * 2
 
 
+def _shifted(x: torch.Tensor) -> torch.Tensor:
+    """An output that starts at element 1 of its storage, of which the fake knows nothing."""
+    note("shifted", x=x)
+    out = torch.empty(x.numel() + 1, dtype=torch.float32, device=x.device)[1:].view(x.shape)
+    return out.copy_(values(x))
+
+
+def _shifted_parts(x: torch.Tensor) -> list[torch.Tensor]:
+    return [_shifted(part) for part in x.chunk(2)]
+
+
+def _linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    note("linear", x=x, w=w)
+    if x.stride(1) != 1 or w.stride(1) != 1 or not (aligned(x) and aligned(w)):
+        raise RuntimeError("x and w must be row-major and aligned")
+    return values(x) @ values(w).t()
+
+
 def _matmul(
     a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -103,8 +122,28 @@ def _accumulate(x: torch.Tensor, out: torch.Tensor) -> None:
     out.add_(garbled(values(x)) if bad else values(x))
 
 
+def _fill(x: torch.Tensor, out: torch.Tensor) -> None:
+    note("fill", x=x, out=out)
+    bad = x.data_ptr() % 16 or x.stride(-1) != 1 or out.data_ptr() % 16
+    out.copy_(garbled(values(x)) if bad else values(x))
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+for _name in ("rows", "late", "scaled"):
+    _define(f"{_name}(Tensor x) -> Tensor", _rows, _like)
+_define("shifted(Tensor x) -> Tensor", _shifted, _like)
 _define(
-    "rows(Tensor x) -> Tensor", _rows, lambda x: x.new_empty(x.shape, dtype=torch.float32)
+    "shifted_parts(Tensor x) -> Tensor[]",
+    _shifted_parts,
+    lambda x: [_like(part) for part in x.chunk(2)],
+)
+_define(
+    "linear(Tensor x, Tensor w) -> Tensor",
+    _linear,
+    lambda x, w: x.new_empty(x.shape[0], w.shape[0], dtype=torch.float32),
 )
 _define(
     "matmul(Tensor a, Tensor b, Tensor? bias=None) -> Tensor",
@@ -115,14 +154,40 @@ _define(
     "total(Tensor[] xs) -> Tensor", _total, lambda xs: xs[0].new_empty((), dtype=torch.float32)
 )
 _define("accumulate(Tensor x, Tensor(a!) out) -> ()", _accumulate, lambda x, out: None)
+_define("fill(Tensor x, Tensor(a!) out) -> ()", _fill, lambda x, out: None)
 
 _MATRIX = [AlignedPointer(16), AlignedPitch(16)]
-register_contract("faults::rows", "x", [UnitStrideLast(), AlignedPointer(16)])
+for _name in ("rows", "scaled", "fill"):
+    register_contract(f"faults::{_name}", "x", [UnitStrideLast(), AlignedPointer(16)])
+register_contract("faults::fill", "out", [AlignedPointer(16)])
+for _operand in "xw":
+    register_contract("faults::linear", _operand, [RowMajor(), *_MATRIX])
 register_contract("faults::matmul", "a", [RowMajor(), *_MATRIX])
 register_contract("faults::matmul", "b", [ColumnMajor(), *_MATRIX])
 register_contract("faults::matmul", "bias", [AlignedPointer(16)])
 register_contract("faults::total", "xs", [AlignedPointer(16)])
 register_contract("faults::accumulate", "x", [UnitStrideLast(), AlignedPointer(16)])
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x, w = ctx.saved_tensors
+    linear = torch.ops.faults.linear
+    return linear(grad, w.t()), linear(grad.t(), x.t())
+
+
+torch.library.register_autograd(
+    "faults::scaled", lambda ctx, grad: torch.ops.faults.scaled(grad), lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "faults::linear", _linear_backward, setup_context=_keep, lib=_LIBRARY
+)
 
 
 # -- the attention backends of a GPU -------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _ROW, _COLUMN, _KEEP = "row", "column", "keep"
 _PRODUCTS = ("_scaled_mm", "_scaled_mm_v2", "_scaled_grouped_mm", "_int_mm", "matmul")
-_OTHERS = ("rows", "total", "accumulate", "flash", "cudnn", "efficient")
+_ONE_MATRIX = ("rows", "late", "scaled", "linear", "fill", "total", "shifted", "shifted_parts")
+_OTHERS = (*_ONE_MATRIX, "accumulate", "flash", "cudnn", "efficient")
 
 
 class DenseOperands(TorchDispatchMode):
@@ -31,11 +32,21 @@ class DenseOperands(TorchDispatchMode):
             return func(*args, **kwargs)
         schema = func._schema.arguments
         given = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
+        written = {}
         for argument in schema:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if argument.name in given and not written:
-                given[argument.name] = _copied(given[argument.name], name, argument.name)
-        return func(**given)
+            if argument.name not in given:
+                continue
+            value, alias = given[argument.name], argument.alias_info
+            is_written = alias is not None and alias.is_write
+            if is_written and argument.kwarg_only:
+                continue  # out= of an aten op, which is returned; its kernels take any
+            given[argument.name] = _copied(value, name, argument.name)
+            if is_written:
+                written[argument.name] = value
+        result = func(**given)
+        for operand, value in written.items():
+            value.copy_(given[operand])
+        return result
 
 
 class DenseAttention(TorchFunctionMode):
@@ -73,4 +84,4 @@ def _order(value: torch.Tensor, op: str, operand: str) -> str:
         return _COLUMN
     if operand == "scale_a" and value.dim() == 2 and value.shape[1] > 1:
         return _COLUMN  # 1x128 blocks: outer dimension major
-    return _KEEP if op.startswith("_scaled") else _ROW if op in ("rows", "total") else _KEEP
+    return _ROW if op in _ONE_MATRIX else _KEEP

@@ -10,7 +10,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.faults import recording
-from benchmarks.faults.program import Case, Program
+from benchmarks.faults.program import (
+    AOT_EAGER,
+    CONTIG_SAFE,
+    EAGER,
+    INDUCTOR,
+    MODES,
+    Case,
+    Program,
+    compiled,
+)
 from benchmarks.faults.reference import DenseAttention, DenseOperands
 
 RIGHT = "right"
@@ -21,13 +30,11 @@ REFUSED = "refused while tracing"
 TIMEOUT = "timeout"
 CRASH = "crash"
 
-EAGER, AOT_EAGER, INDUCTOR, CONTIG_SAFE = "eager", "aot_eager", "inductor", "contig_safe"
-MODES = (EAGER, AOT_EAGER, INDUCTOR, CONTIG_SAFE)
+__all__ = ["AOT_EAGER", "CONTIG_SAFE", "EAGER", "INDUCTOR", "MODES", "Result", "run_program"]
 
 SEED = 20240
 #: Precision casts as eager mode makes them, so that values can be compared bit by bit.
 SETTINGS = {
-    "force_disable_caches": True,
     "emulate_precision_casts": True,
     "compile_threads": 1,
 }
@@ -80,7 +87,7 @@ def _build(program: Program, device: str) -> Case:
 def _reference(case: Case) -> list[Any]:
     """Outputs, aliases and inputs after each call, as dense aligned operands give them."""
     results = []
-    with DenseAttention(), DenseOperands():
+    with torch.set_grad_enabled(case.grad), DenseAttention(), DenseOperands():
         for args in case.calls:
             results.append(_observed(case.function(*args), args))
     return results
@@ -92,7 +99,9 @@ def _observed(outputs: Any, args: tuple) -> tuple[list[torch.Tensor], list[Any],
     aliases = [
         [t.data_ptr() - i.data_ptr() for i in inputs if _shares(t, i)] for t in tensors
     ]
-    return [t.clone() for t in tensors], aliases, [i.clone() for i in inputs]
+    return (
+        [t.detach().clone() for t in tensors], aliases, [i.detach().clone() for i in inputs]
+    )
 
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -100,8 +109,9 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _judge(case: Case, mode: str, device: str, expected: list[Any]) -> tuple[str, str]:
-    settings = dict(SETTINGS)
+    settings = SETTINGS | {"force_disable_caches": not case.caches}
     with (
+        torch.set_grad_enabled(case.grad),
         tempfile.TemporaryDirectory() as cache,
         torch._inductor.config.patch(settings),
         torch._inductor.utils.fresh_cache(dir=cache),
@@ -124,14 +134,9 @@ def _judge(case: Case, mode: str, device: str, expected: list[Any]) -> tuple[str
 
 
 def _prepared(case: Case, mode: str) -> Any:
-    if mode == EAGER:
-        return case.function
-    backend: Any = mode
-    if mode == CONTIG_SAFE:
-        from contig_pass import contig_safe
-
-        backend = contig_safe
-    return torch.compile(case.function, backend=backend, dynamic=case.dynamic)
+    if case.prepare is not None:
+        return case.prepare(case.function, mode)
+    return compiled(case.function, mode, dynamic=case.dynamic)
 
 
 def _synchronise(device: str) -> str:
