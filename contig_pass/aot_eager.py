@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from functorch.compile import aot_module_simplified, make_boxed_func
+from functorch.compile import aot_module_simplified
 from torch import fx
 from torch._functorch.aot_autograd import get_aot_graph_name
 
-from contig_pass.inputs import reached_inputs, realigned
+from contig_pass.inputs import reached_inputs, realigning
 from contig_pass.options import Options
 from contig_pass.pipeline import repair
 from contig_pass.report.model import Report
@@ -42,12 +42,11 @@ def compile_with_aot_eager(
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         positions = [i for i, node in enumerate(placeholders) if node in reached]
 
-        def run(*args: Any) -> Any:
-            args = list(args)  # type: ignore[assignment]
-            for position in positions:
-                args[position] = realigned(args[position])  # type: ignore[index]
+        def run(args: list[Any]) -> Any:
             return graph.forward(*args)
 
-        return make_boxed_func(run)
+        boxed = realigning(run, positions)
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
 
     return aot_module_simplified(module, example_inputs, fw_compiler=compiler)

@@ -227,6 +227,25 @@ def written_base(node: fx.Node, operand: Operand) -> fx.Node:
     return node.kwargs["_all_bases"][_base_of(node, operand)]  # type: ignore[index, return-value]
 
 
+def written_view(node: fx.Node, operand: Operand) -> tuple[str, tuple[Any, ...]]:
+    """How ``operand`` is taken from its base: ``("alias", ())``, ``("slice", (dim, start, end))``
+    or ``("as_strided", (size, stride, storage_offset))``."""
+    given = node.kwargs
+    prefix = f"_{operand.argument}_"
+    if given.get(f"{prefix}alias"):
+        return "alias", ()
+    for kind, keys in _VIEWS.items():
+        if f"{prefix}{keys[0]}" in given:
+            return kind, tuple(given[prefix + key] for key in keys)
+    return "alias", ()
+
+
+_VIEWS = {
+    "slice": ("slice_dim", "slice_start", "slice_end"),
+    "as_strided": ("size", "stride", "storage_offset"),
+}
+
+
 def redirect(node: fx.Node, operand: Operand, copy: fx.Node) -> fx.Node:
     """Let the op at ``node`` write to ``copy`` instead of ``operand``.
 
@@ -264,9 +283,7 @@ def redirect(node: fx.Node, operand: Operand, copy: fx.Node) -> fx.Node:
 
 
 #: How ``auto_functionalized_v2`` spells out which view of its base an argument is.
-_VIEW_KEYS = frozenset(
-    {"alias", "slice_dim", "slice_start", "slice_end", "size", "stride", "storage_offset"}
-)
+_VIEW_KEYS = frozenset({"alias", *(key for keys in _VIEWS.values() for key in keys)})
 
 
 def _base_of(node: fx.Node, operand: Operand) -> int:
@@ -337,6 +354,33 @@ def _viewed_argument(op: torch._ops.OpOverload) -> int | None:
         if info is not None and not info.is_write and returned & set(info.before_set):
             return position
     return None
+
+
+#: Ops that return a copy whose storage starts where their first operand's does.
+_KEEPING_OFFSET = frozenset(
+    {
+        torch.ops.aten.slice_scatter.default,
+        torch.ops.aten.select_scatter.default,
+        torch.ops.aten.diagonal_scatter.default,
+        torch.ops.aten.as_strided_scatter.default,
+    }
+)
+
+
+def offset_source(node: fx.Node) -> fx.Node | None:
+    """The node that the memory of ``node``, though its own, starts like, or turns out to be.
+
+    So it is with scatters, and with what an op behind ``auto_functionalized_v2`` has written to.
+    """
+    if node.target in _KEEPING_OFFSET:
+        return node.args[0]  # type: ignore[return-value]
+    if node.target is not operator.getitem:
+        return None
+    producer, position = node.args
+    if producer.target is not auto_functionalized_v2:
+        return None
+    base = position - max(len(called_op(producer)._schema.returns), 1)
+    return producer.kwargs["_all_bases"][base] if base >= 0 else None
 
 
 #: Namespaces whose results torch itself allocates, or Inductor for it.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from contig_pass.callsite import Operand, is_opaque, view_base
+from contig_pass.callsite import Operand, is_opaque, offset_source, view_base
 from contig_pass.layout import ABSOLUTE, FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout
 
 #: Kinds of root.
@@ -67,6 +67,11 @@ def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
     if root.op == "placeholder":
         base_alignment = INPUT_ALIGNMENT if root.name in aligned_inputs else owner.dtype.itemsize
         kind = INPUT
+    elif (source := offset_source(root)) is not None:
+        inner = fact_of(Operand("", None, source, source.meta["val"], ()), aligned_inputs)
+        base_alignment = inner.layout.known_alignment()
+        kind = OPAQUE if inner.kind == OPAQUE else COMPUTED
+        offset = offset - root.meta["val"].storage_offset() * value.dtype.itemsize
     elif is_opaque(root):
         base_alignment, kind = value.dtype.itemsize, OPAQUE
     elif root.op == "get_attr":

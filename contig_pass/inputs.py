@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from contig_pass.callsite import (
     Operand,
     called_op,
     is_triton_kernel,
+    offset_source,
     operands,
     subgraph_call,
     triton_operands,
@@ -37,10 +39,16 @@ def reached_inputs(graph: fx.Graph) -> list[fx.Node]:
         for operand in _bound_operands(node):
             root: fx.Node | None = operand.node
             while root is not None and root.op != "placeholder":
-                root = root.args[0] if root.target in _PERHAPS_NO_COPY else view_base(root)
+                root = _one_step_up(root)
             if root is not None:
                 reached.add(root)
     return [node for node in graph.nodes if node.op == "placeholder" and node in reached]
+
+
+def _one_step_up(node: fx.Node) -> fx.Node | None:
+    if node.target in _PERHAPS_NO_COPY:
+        return node.args[0]  # type: ignore[return-value]
+    return view_base(node) or offset_source(node)
 
 
 def reaching_operands(node: fx.Node) -> Iterator[Operand]:
@@ -68,11 +76,88 @@ def _bound_operands(node: fx.Node) -> Iterator[Operand]:
         yield from reaching_operands(node)
 
 
-def realigned(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor``, or, where it does not start on 16 bytes, a copy with the same strides that does.
+def realigning(
+    graph: Callable[[list[Any]], Any],
+    positions: Sequence[int],
+    written: Set[int] = frozenset(),
+    kept: Set[int] = frozenset(),
+) -> Callable[[list[Any]], Any]:
+    """``graph`` with inputs that start on 16 bytes, whatever it is called with.
 
-    The copy spans the same extent, gaps included, so views of it keep their offsets.
+    An input that does not is copied with its strides, gaps included, so that views of it keep
+    their offsets. What the graph writes to a copy goes back to the input, and an output that is a
+    view of a copy becomes the same view of the input.
+
+    Args:
+        graph: takes a list of inputs, and may empty it.
+        positions: of the inputs to look at: tensors.
+        written: positions of inputs that the graph writes to.
+        kept: positions whose copy stays at one address from call to call.
     """
-    if tensor.data_ptr() % INPUT_ALIGNMENT == 0:
-        return tensor
-    return copy_with_strides(tensor)
+    buffers: dict[int, torch.Tensor] = {}
+    data_ptr = torch.Tensor.data_ptr
+
+    def run(inputs: list[Any]) -> Any:
+        bad = [i for i in positions if data_ptr(inputs[i]) % INPUT_ALIGNMENT]
+        if not bad:
+            return graph(inputs)
+        pairs = {}
+        for i in bad:
+            original = inputs[i]
+            if i in kept and i not in written:
+                inputs[i] = buffers[i] = _into(buffers.get(i), original)
+            else:
+                inputs[i] = copy_with_strides(original)
+            pairs[i] = (original, inputs[i])
+        outputs = graph(inputs)
+        for i in written & pairs.keys():
+            _copy_back(*pairs[i])
+        return _rebased(outputs, pairs.values())
+
+    return run
+
+
+def _into(buffer: torch.Tensor | None, original: torch.Tensor) -> torch.Tensor:
+    if buffer is None or _form(buffer) != _form(original):
+        return copy_with_strides(original)
+    _flat(buffer).copy_(_flat(original))
+    return buffer
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All the memory that ``tensor`` spans, gaps included."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return torch.as_strided(tensor, (extent if tensor.numel() else 0,), (1,))
+
+
+def _copy_back(original: torch.Tensor, copy: torch.Tensor) -> None:
+    # Element by element: what lies in the gaps may be another input, and written to as well.
+    with torch.no_grad():
+        original.copy_(copy)
+
+
+def _byte_offset(tensor: torch.Tensor) -> int:
+    return tensor.storage_offset() * tensor.itemsize
+
+
+def _rebased(outputs: Any, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """``outputs`` with every view of a copy turned into the same view of the original."""
+    by_storage = {copy.untyped_storage().data_ptr(): pair for pair in pairs for copy in pair[1:]}
+
+    def rebase(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.numel() == 0:
+            return value
+        pair = by_storage.get(value.untyped_storage().data_ptr())
+        if pair is None:
+            return value
+        original, copy = pair
+        offset = _byte_offset(value) - _byte_offset(copy) + _byte_offset(original)
+        return value.new_empty(0).set_(
+            original.untyped_storage(), offset // value.itemsize, value.shape, value.stride()
+        )
+
+    return type(outputs)(rebase(value) for value in outputs)

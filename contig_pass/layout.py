@@ -188,6 +188,11 @@ class Layout:
             return aligned
         return None
 
+    def known_alignment(self) -> int:
+        """Largest power of two up to :data:`FRESH_ALIGNMENT` that the address is known to be a
+        multiple of."""
+        return next((n for n in (64, 32, 16, 8, 4, 2) if self.pointer_aligned(n)), 1)
+
     def pitch_aligned(self, nbytes: int) -> Known:
         """Whether every stride that a kernel steps by is a multiple of ``nbytes``.
 

@@ -9,7 +9,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from contig_pass.analysis import Use
-from contig_pass.callsite import redirect, replace_operand, written_base
+from contig_pass.callsite import redirect, replace_operand, written_base, written_view
 from contig_pass.contracts.rules import STRIDES
 from contig_pass.inductor.ops import checked_op, contiguous_op, empty_in_order, pin_op
 from contig_pass.plan import Fix, Plan
@@ -27,6 +27,14 @@ _INHERITED = (
     "seq_nr",
     "mutation_region_id",
 )
+
+
+#: How a view of a base is taken, and how what was written to a copy of it is put back.
+_TAKEN = {
+    "alias": (None, aten.copy.default),
+    "slice": (aten.slice.Tensor, aten.slice_scatter.default),
+    "as_strided": (aten.as_strided.default, aten.as_strided_scatter.default),
+}
 
 
 def apply_plan(graph: fx.Graph, plan: Plan) -> dict[Fix, fx.Node]:
@@ -76,19 +84,19 @@ def _insert_written(graph: fx.Graph, fix: Fix) -> fx.Node:
     """A copy for an op to write to, and what it wrote put back into the copied view's base."""
     (use,) = fix.uses
     node, base = use.node, written_base(use.node, use.operand)
-    original = use.operand.value
-    view = (list(original.size()), list(original.stride()), original.storage_offset())
+    kind, view = written_view(node, use.operand)
+    take, put_back = _TAKEN[kind]
     with graph.inserting_before(node):
-        taken = _new_node(graph, aten.as_strided.default, (base, *view), original, node)
+        taken = base
+        if take is not None:
+            taken = _new_node(graph, take, (base, *view), use.operand.value, node)
         value = _copied(taken, fix.order)
         copy = _new_node(graph, contiguous_op(), (taken, fix.order), value, node)
     written = redirect(node, use.operand, copy)
     users = list(written.users)
     with graph.inserting_after(written):
         args = (base, written, *view)
-        whole = _new_node(
-            graph, aten.as_strided_scatter.default, args, base.meta["val"], node
-        )
+        whole = _new_node(graph, put_back, args, base.meta["val"], node)
     for user in users:
         user.replace_input_with(written, whole)
     return copy

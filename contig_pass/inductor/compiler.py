@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import fx
 
-from contig_pass.inductor import hooks, lowerings, scaled_mm
+from contig_pass.inductor import artifact, hooks, lowerings, scaled_mm
+from contig_pass.inductor.artifact import Delivery, delivering
 from contig_pass.inductor.freezing import FOLDING_HOOK, FoldingPass
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
 from contig_pass.inductor.honesty import SIZE_ASSERTS, told_plainly
-from contig_pass.inductor.replay import Delivery, delivering
 from contig_pass.inductor.scope import compiling, parameter_names, repairing
 from contig_pass.inductor.tracing import backend_call
 from contig_pass.options import Options
@@ -52,6 +52,7 @@ def compile_with_inductor(
 
 def _install() -> None:
     hooks.self_test()
+    artifact.install()
     lowerings.install()
     scaled_mm.install()
 

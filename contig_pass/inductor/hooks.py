@@ -72,9 +72,12 @@ class Hook:
 _I, _META = "torch._inductor", "torch._meta_registrations"
 _REFUSED = "programs that torch refuses while tracing stay refused"
 
-INPUT_CHECK = Hook(
-    f"{_I}.compile_fx", "get_input_idxs_to_check",
-    "misaligned inputs cannot be realigned; use options={'inner': 'aot_eager'}", required=True,
+_NO_REALIGNING = "misaligned inputs cannot be realigned; use options={'inner': 'aot_eager'}"
+COMPILED_GRAPH = Hook(
+    f"{_I}.output_code", "CompiledFxGraph.__init__", _NO_REALIGNING, required=True
+)
+POST_COMPILE = Hook(
+    f"{_I}.output_code", "CompiledFxGraph.post_compile", _NO_REALIGNING, required=True
 )
 LAYOUT_PASS = Hook(
     f"{_I}.config", "post_grad_custom_post_pass",
@@ -91,14 +94,6 @@ COPY_INPUT = Hook(
 FOLDING_PASS = Hook(
     f"{_I}.config", "joint_custom_post_pass",
     "relayouts of frozen parameters are made on every call",
-)
-POST_COMPILE = Hook(
-    f"{_I}.output_code", "CompiledFxGraph.post_compile",
-    "graphs that come out of a compile cache bring no report",
-)
-CACHE_ARTIFACTS = Hook(
-    "torch.compiler._cache", "CacheArtifactFactory",
-    "reports do not travel with torch.compiler.save_cache_artifacts",
 )
 CURRENT_TRACE = Hook(
     "torch._dynamo.symbolic_convert", "InstructionTranslator.current_tx", _REFUSED
@@ -119,8 +114,8 @@ SCALED_LOWERING = Hook(
 )
 
 HOOKS = (
-    INPUT_CHECK, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS, POST_COMPILE,
-    CACHE_ARTIFACTS, CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
+    COMPILED_GRAPH, POST_COMPILE, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS,
+    CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
     TRACE_RULES, SCALED_LOWERING,
 )
 

@@ -18,6 +18,7 @@ import torch
 
 from contig_pass.contracts.rules import STRIDES, parse_order
 from contig_pass.inductor.ops import checked_op, contiguous_op, pin_op
+from contig_pass.inductor.scope import inputs_of
 
 #: Inductor's C++ backend cannot load or store these; their bytes it can.
 _AS_BYTES = tuple(
@@ -144,5 +145,7 @@ def _multiple(layout: Any, alignment: int) -> bool:
 def _checked_at_run_time(name: str) -> bool:
     from torch._inductor.virtualized import V
 
-    checked = V.graph.inputs_to_check or ()
-    return V.graph.graph_input_names.index(name) in checked
+    # Inputs of a subgraph go by longer names in its lowering than in its graph.
+    position = V.graph.graph_input_names.index(name)
+    placeholders = [node for node in V.graph.module.graph.nodes if node.op == "placeholder"]
+    return placeholders[position].name in inputs_of(V.graph.module.graph).aligned

@@ -1,18 +1,15 @@
 """The compile in progress: which graph inputs are realigned at run time.
 
-Inductor checks at run time that some inputs start on 16 bytes and copies those that do not,
-writing mutations back. It leaves out what it saw misaligned in the first call, parameters, and
-everything on a CPU. Within a contig_safe compile the list also holds every input that a contract
-can reach, so that the pass may take each of them as aligned. The list is stored in the compiled
-artifact and is part of its cache key.
+Every input that a contract can reach is looked at when the graph runs, and copied if it does not
+start on 16 bytes, so that the pass may take each of them as aligned. (Inductor does as much for
+some inputs; it leaves out what it saw misaligned in the first call, parameters, and everything on
+a CPU.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +85,12 @@ def inputs_of(graph: fx.Graph) -> Inputs:
     return found or Inputs()
 
 
+def positions() -> frozenset[int]:
+    """Positions of the inputs that the compile in progress realigns at run time."""
+    scope = _CURRENT.get()
+    return frozenset() if scope is None else scope.positions
+
+
 def parameter_names(module: fx.GraphModule) -> tuple[str, ...]:
     """Names in the user's model of the inputs of a graph that Dynamo traced, in their order."""
     names = []
@@ -110,7 +113,6 @@ def compiling(
         names: of the inputs of the graph that Dynamo traced.
         kwargs: what ``compile_fx_inner`` is called with.
     """
-    install()
     scope = Scope.of(module, _parameters(module, names, kwargs or {}))
     token = _CURRENT.set(scope)
     try:
@@ -138,32 +140,3 @@ def _parameters(
     given = names if len(names) == len(placeholders) else ("?",) * len(placeholders)
     static = [i for i in kwargs.get("static_input_idxs") or () if i < len(placeholders)]
     return {placeholders[i]: given[i] or "?" for i in static}
-
-
-_installing = threading.Lock()
-
-
-def install() -> None:
-    """Let Inductor's choice of inputs to check ask the scope, once a process."""
-    with _installing:
-        _install_check()
-
-
-@functools.cache
-def _install_check() -> None:
-    from torch._inductor import compile_fx
-
-    compile_fx.get_input_idxs_to_check = _with_scope(compile_fx.get_input_idxs_to_check)
-
-
-def _with_scope(original: Callable[..., Sequence[int]]) -> Callable[..., Sequence[int]]:
-    @functools.wraps(original)
-    def get_input_idxs_to_check(inputs: Sequence[Any], static: Sequence[int]) -> Sequence[int]:
-        chosen = original(inputs, static)
-        scope = _CURRENT.get()
-        if scope is None:
-            return chosen
-        return sorted({*chosen, *(i for i in scope.positions if i < len(inputs))})
-
-    return get_input_idxs_to_check
-

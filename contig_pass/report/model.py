@@ -39,8 +39,8 @@ class Place:
     @classmethod
     def of(cls, layout: Layout) -> Place:
         """The place that ``layout`` describes."""
-        alignment = next((n for n in (64, 32, 16, 8, 4, 2) if layout.pointer_aligned(n)), 1)
-        return cls(_plain(layout.strides), _plain_int(layout.byte_offset), alignment)
+        offset = _plain_int(layout.byte_offset)
+        return cls(_plain(layout.strides), offset, layout.known_alignment())
 
 
 @dataclass(frozen=True)

@@ -203,37 +203,7 @@ def test_training_repairs_forward_and_backward() -> None:
     assert len(contig_pass.last_reports()) == 2
 
 
-# -- mutation and obstacles ----------------------------------------------------------------------
-
-
-def _define_filler() -> None:
-    if hasattr(torch.ops.layout_tests, "fill"):
-        return
-
-    @torch.library.custom_op("layout_tests::fill", mutates_args={"out"})
-    def fill(x: torch.Tensor, out: torch.Tensor) -> None:
-        kernels.note("rows", x)
-        out.add_(x.sum())
-
-
-def test_an_operand_that_the_op_writes_to_is_reported_and_left_alone() -> None:
-    _define_filler()
-    aligned = [contig_pass.AlignedPointer(16)]
-    contig_pass.register_contract("layout_tests::fill", "x", aligned)
-    contig_pass.register_contract("layout_tests::fill", "out", aligned)
-
-    def function(b: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(40, device=b.device)
-        torch.ops.layout_tests.fill(b[1:9], out[3:])
-        return out
-
-    report = run_both(function, torch.arange(16.0))
-    assert [row.operand for row in report.fixes] == ["x"]
-    (skip,) = report.skips
-    assert (skip.operand, skip.reason) == (
-        "out", "the op writes to this operand, and a copy would lose what it writes"
-    )
-    assert kernels.bad() == []
+# -- obstacles ------------------------------------------------------------------------------------
 
 
 def test_a_size_cannot_be_repaired_and_strict_says_where() -> None:
