@@ -16,9 +16,10 @@ from contig_pass.callsite import (
     mutated_arguments,
     mutates_in_place,
     operands,
+    results,
     triton_operands,
 )
-from contig_pass.contracts.calls import SUBGRAPH, TRITON_KERNEL
+from contig_pass.contracts.calls import SUBGRAPH, SUBGRAPH_RESULT, TRITON_KERNEL
 from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry
 from contig_pass.contracts.rules import Dense, Rule
 from contig_pass.contracts.target import Target, target_of
@@ -79,6 +80,7 @@ def analyse(
     target: Target | None = None,
     registry: Registry = REGISTRY,
     only: Set[str] | None = None,
+    called: bool = False,
 ) -> Analysis:
     """Find every bound use of ``graph`` and judge it.
 
@@ -89,9 +91,13 @@ def analyse(
         target: the device whose demands count; ``None``: each call's own device.
         registry: the contracts.
         only: judge uses of the memory of these placeholders only; ``None``: all.
+        called: the graph is a subgraph that another one calls.
     """
     uses: list[Use] = []
     for node in graph.nodes:
+        if called and node.op == "output":
+            found = results(node)
+            uses.extend(_judge_call(node, found, SUBGRAPH_RESULT, aligned_inputs, target))
         if node.op != "call_function":
             continue
         op = called_op(node)

@@ -148,6 +148,12 @@ def subgraph_call(node: fx.Node) -> SubgraphCall | None:
     return SubgraphCall(graphs, tuple(found))
 
 
+def results(output: fx.Node) -> Iterator[Operand]:
+    """What a graph returns, tensor by tensor."""
+    for position in range(len(output.args[0])):  # type: ignore[arg-type]
+        yield from _stored(output, f"result {position}", ("args", 0, position))
+
+
 def _stored(node: fx.Node, name: str, path: tuple[int | str, ...]) -> Iterator[Operand]:
     value = _at((node.args, node.kwargs), path)
     if isinstance(value, fx.Node):

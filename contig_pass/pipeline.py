@@ -25,6 +25,7 @@ def repair(
     pinning: bool,
     parameters: Mapping[str, str] = MappingProxyType({}),
     only: Set[str] | None = None,
+    called: bool = False,
 ) -> Report:
     """Make every bound use of ``graph`` legal, in place, and report what was done.
 
@@ -37,6 +38,7 @@ def repair(
             is run as it stands.
         parameters: names of the parameters by the names of their placeholders.
         only: repair uses of these placeholders' memory only; ``None``: all.
+        called: the graph is a subgraph that another one calls.
 
     Raises:
         LayoutViolation: policy ``strict``, and a use can be neither proved nor repaired.
@@ -44,7 +46,8 @@ def repair(
     started = time.perf_counter()
     density = options.policy in (DENSE, AUDIT)
     analysis = analyse(
-        graph, aligned_inputs=aligned_inputs, density=density, target=options.target, only=only
+        graph, aligned_inputs=aligned_inputs, density=density, target=options.target, only=only,
+        called=called,
     )
     plan = make_plan(analysis, options.policy, pinning=pinning)
     before = lines_of(plan)

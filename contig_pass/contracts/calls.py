@@ -7,7 +7,7 @@ Triton kernel receives them as numbers of their own, and a subgraph was traced w
 from __future__ import annotations
 
 from contig_pass.contracts.registry import CALLS, Contract
-from contig_pass.contracts.rules import AlignedPointer
+from contig_pass.contracts.rules import AlignedPointer, StartsMemory
 from contig_pass.layout import INPUT_ALIGNMENT
 
 TRITON_KERNEL = Contract(
@@ -25,6 +25,16 @@ SUBGRAPH = Contract(
     operand="operand",
     rules=(AlignedPointer(INPUT_ALIGNMENT),),
     source="one compiled subgraph serves every call, whatever its operands' storage offsets",
+    family=CALLS,
+    keep_strides=True,
+)
+
+SUBGRAPH_RESULT = Contract(
+    op="subgraph",
+    operand="result",
+    rules=(StartsMemory(),),
+    source="measured, torch 2.11 to 2.14: Inductor's caller of torch.cond counts a result's offset "
+    "twice and reads beyond it, without an error",
     family=CALLS,
     keep_strides=True,
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from contig_pass.errors import ContractError
-from contig_pass.layout import FRESH_ALIGNMENT, Known, Layout
+from contig_pass.layout import FRESH_ALIGNMENT, Known, Layout, known
 
 ROW = "row"
 COLUMN = "column"
@@ -161,6 +161,17 @@ class NoOverlap(Rule):
 
     def describe(self) -> str:
         return "no overlapping elements"
+
+
+@dataclass(frozen=True)
+class StartsMemory(Rule):
+    """The value is no view that starts inside other memory."""
+
+    def check(self, layout: Layout) -> Known:
+        return known(layout.byte_offset == 0)
+
+    def describe(self) -> str:
+        return "at the start of its memory"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class LayoutPass(InferenceAware or custom_graph_pass.CustomGraphPass):  # type: 
         self._deliver(
             repair(
                 graph, self._options, known.aligned, name=get_aot_graph_name(), pinning=True,
-                parameters=known.parameters,
+                parameters=known.parameters, called=known.called,
             )
         )
 

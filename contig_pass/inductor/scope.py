@@ -28,10 +28,12 @@ class Inputs:
     Attributes:
         aligned: those that start on 16 bytes whenever the graph runs.
         parameters: parameters and buffers, and their names in the user's model.
+        called: the graph is a subgraph of the one that is being compiled.
     """
 
     aligned: frozenset[str] = frozenset()
     parameters: Mapping[str, str] = field(default_factory=dict)
+    called: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Scope:
         and every operand of a subgraph that one inside can reach."""
         aligned = _reached(module)
         inputs = {module: Inputs(aligned, parameters)}
-        inputs |= {inner: Inputs(_reached(inner)) for inner in _called_graphs(module)}
+        inputs |= {inner: Inputs(_reached(inner), called=True) for inner in _called_graphs(module)}
         placeholders = (n for n in module.graph.nodes if n.op == "placeholder")
         positions = frozenset(i for i, node in enumerate(placeholders) if node.name in aligned)
         return cls(inputs, positions)
@@ -81,8 +83,10 @@ def in_progress() -> bool:
 def inputs_of(graph: fx.Graph) -> Inputs:
     """What the compile in progress knows of the placeholders of ``graph``."""
     scope = _CURRENT.get()
-    found = None if scope is None else scope.inputs.get(graph.owning_module)
-    return found or Inputs()
+    if scope is None:
+        return Inputs()
+    # What is called in ways that leave its inputs open, such as a loop's body, is not listed.
+    return scope.inputs.get(graph.owning_module, Inputs(called=bool(scope.inputs)))
 
 
 def positions() -> frozenset[int]:
