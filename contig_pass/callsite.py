@@ -357,7 +357,10 @@ def _viewed_argument(op: torch._ops.OpOverload) -> int | None:
     }
     for position, argument in enumerate(op._schema.arguments):
         info = argument.alias_info
-        if info is not None and not info.is_write and returned & set(info.before_set):
+        if info is None or info.is_write:
+            continue
+        # An op that returns a list of views names it of its argument only: Tensor(a -> *).
+        if returned & set(info.before_set) or "*" in info.after_set:
             return position
     return None
 

@@ -45,6 +45,15 @@ def reached_inputs(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder" and node in reached]
 
 
+def written_inputs(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Placeholders that the graph writes to, each with the ``copy_`` that does."""
+    return {
+        node.args[0]: node
+        for node in graph.nodes
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "placeholder"
+    }
+
+
 def _one_step_up(node: fx.Node) -> fx.Node | None:
     if node.target in _PERHAPS_NO_COPY:
         return node.args[0]  # type: ignore[return-value]

@@ -3,7 +3,7 @@ ops, attention that no kernel would take. Each judged by address, strides and va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -104,6 +104,31 @@ def test_what_an_op_writes_reaches_its_place(
     report = run(function, *args, dynamic=dynamic, options={"inner": inner})
     assert any(row.write_back for row in report.fixes)
     assert not report.skips
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: x.split(1), lambda x: x.split([1, 3]), lambda x: x.unbind(), lambda x: x.chunk(2),
+        lambda x: x.tensor_split(3),
+    ],
+    ids=["split", "split with sizes", "unbind", "chunk", "tensor_split"],
+)
+@pytest.mark.parametrize("inner", ["inductor", "aot_eager"])
+def test_parts_of_an_input_that_is_misaligned_at_a_later_call(
+    parts: Callable[[torch.Tensor], Sequence[torch.Tensor]], inner: str
+) -> None:
+    compiled = torch.compile(
+        lambda x: kernels.rows(parts(x)[0]), backend="contig_safe", fullgraph=True,
+        options={"inner": inner},
+    )
+    for offset in (0, 1):
+        x = torch.arange(20.0)[offset : offset + 16].view(4, 4)
+        expected = kernels.rows(parts(x)[0])
+        kernels.received.clear()
+        assert torch.equal(compiled(x), expected)
+        assert kernels.received
+        assert kernels.bad() == []
 
 
 def test_a_misaligned_input_that_an_op_writes_to() -> None:
