@@ -18,6 +18,7 @@ from contig_pass.callsite import view_base
 from contig_pass.inputs import written_inputs
 from contig_pass.layout import Layout, known
 
+
 def aliases_of_inputs() -> tuple[int, ...]:
     """Positions of the outputs of the graph under compilation that torch makes views of inputs."""
     context = TracingContext.try_get()

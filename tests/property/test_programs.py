@@ -149,9 +149,13 @@ def chains(draw: st.DrawFn) -> Chain:
     offsets = draw(st.lists(st.integers(0, 9), min_size=1 + dynamic, max_size=3))
     growths = draw(st.permutations((0, 1, 4))) if dynamic else (0, 0, 0)
     value = torch.zeros(shape, dtype=dtype)
-    steps = []
+    steps: list[tuple[str, Step]] = []
     for _ in range(draw(st.integers(1, 6))):
         step = draw(_step(value))
+        if step[0].startswith("clone") and any(name.startswith("clone") for name, _ in steps):
+            # Inductor takes the second clone of an input away, and its result then sees what is
+            # written to the input later (torch 2.13, remove_noop_ops).
+            continue
         value = step[1](value)
         steps.append(step)
         if value.dim() > 4 or value.numel() > 20_000:
