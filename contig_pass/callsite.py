@@ -150,6 +150,9 @@ def subgraph_call(node: fx.Node) -> SubgraphCall | None:
 
 def results(output: fx.Node) -> Iterator[Operand]:
     """What a graph returns, tensor by tensor."""
+    if isinstance(output.args[0], fx.Node):  # the condition of a loop
+        yield from _stored(output, "result", ("args", 0))
+        return
     for position in range(len(output.args[0])):  # type: ignore[arg-type]
         yield from _stored(output, f"result {position}", ("args", 0, position))
 
@@ -266,7 +269,8 @@ def redirect(node: fx.Node, operand: Operand, copy: fx.Node) -> fx.Node:
             for key, held in kwargs.items()
             if not (key.startswith(described) and key.removeprefix(described) in _VIEW_KEYS)
         }
-        return _nested({**kept, f"{described}alias": True}, ("_all_bases", base), to)
+        whole = type(kwargs)({**kept, f"{described}alias": True})  # type: ignore[call-arg]
+        return _nested(whole, ("_all_bases", base), to)
 
     value = copy.meta["val"]
     node.kwargs = redirected(node.kwargs, copy)
@@ -323,8 +327,9 @@ def _nested(held: Any, path: tuple[int | str, ...], value: Any) -> Any:
         return value
     key, rest = path[0], path[1:]
     new = _nested(held[key], rest, value)
+    # Of the same type: Inductor compares the structures of arguments and recorded arguments.
     if isinstance(key, str):
-        return {**held, key: new}
+        return type(held)({**held, key: new})
     return type(held)((*held[:key], new, *held[key + 1 :]))
 
 
@@ -409,4 +414,9 @@ def is_opaque(node: fx.Node) -> bool:
         return isinstance(producer.target, torch._ops.HigherOrderOperator)
     if is_functionalized(producer) and position >= len(op._schema.returns):
         return False  # what the op wrote to
-    return op.namespace not in _TRANSPARENT
+    return not is_transparent(op)
+
+
+def is_transparent(op: torch._ops.OpOverload) -> bool:
+    """Whether the results of ``op`` lie where the compiler says."""
+    return op.namespace in _TRANSPARENT

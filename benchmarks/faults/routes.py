@@ -283,14 +283,14 @@ class _Tied(torch.nn.Module):
         self, parameters: list[torch.Tensor], body: Callable[..., torch.Tensor]
     ) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList(
-            p if isinstance(p, torch.nn.Parameter) else torch.nn.Parameter(p, False)
-            for p in parameters
-        )
+        self.names = [f"weight{number}" for number in range(len(parameters))]
+        for name, given in zip(self.names, parameters, strict=True):
+            parameter = isinstance(given, torch.nn.Parameter)
+            setattr(self, name, given if parameter else torch.nn.Parameter(given, False))
         self.body = body
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x, *self.weights)
+        return self.body(x, *(getattr(self, name) for name in self.names))
 
 
 def _tied(

@@ -13,11 +13,13 @@ from contig_pass.inductor.artifact import Delivery, delivering
 from contig_pass.inductor.freezing import FOLDING_HOOK, FoldingPass
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
 from contig_pass.inductor.honesty import SIZE_ASSERTS, told_plainly
+from contig_pass.inductor.offsets import count_from_inputs
 from contig_pass.inductor.scope import compiling, parameter_names, repairing
 from contig_pass.inductor.tracing import backend_call
 from contig_pass.options import Options
 from contig_pass.plan import STRICT
 from contig_pass.report.model import Report
+from contig_pass.returned import aliases_of_inputs, return_views_of_inputs
 
 
 def compile_with_inductor(
@@ -39,6 +41,9 @@ def compile_with_inductor(
     names = parameter_names(module)
 
     def inner_compile(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward"):
+            return_views_of_inputs(graph.graph, aliases_of_inputs())
+        inputs = count_from_inputs(graph.graph, inputs)
         # A backward graph is compiled when it is first needed, long after the backend's call.
         with backend_call(), delivering(delivery), compiling(graph, names, kwargs):
             return compile_fx_inner(graph, inputs, **kwargs)

@@ -19,7 +19,6 @@ from contig_pass.inductor.user_passes import InferenceAware, UserPasses
 from contig_pass.options import Options
 from contig_pass.pipeline import repair
 from contig_pass.report.model import Report
-from contig_pass.returned import aliases_of_inputs, return_views_of_inputs
 
 #: The configuration entry of Inductor that the pass is put in.
 HOOK = "post_grad_custom_post_pass"
@@ -50,7 +49,6 @@ class LayoutPass(InferenceAware or custom_graph_pass.CustomGraphPass):  # type: 
 
     def __call__(self, graph: fx.Graph, is_inference: bool = False) -> None:
         self._user_passes(graph, is_inference)
-        return_views_of_inputs(graph, aliases_of_inputs())
         known = inputs_of(graph)
         self._deliver(
             repair(
@@ -61,6 +59,4 @@ class LayoutPass(InferenceAware or custom_graph_pass.CustomGraphPass):  # type: 
 
     def uuid(self) -> Any | None:
         """All that the result depends on; ``None``: no caching, as if a user's pass gives none."""
-        if not self._cacheable:
-            return None
-        return self._user_passes.uuid((fingerprint(self._options), aliases_of_inputs()))
+        return self._user_passes.uuid(fingerprint(self._options)) if self._cacheable else None

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 
+from contig_pass.callsite import is_opaque, is_transparent, view_base
 from contig_pass.contracts.rules import STRIDES, parse_order
 from contig_pass.inductor.ops import checked_op, contiguous_op, pin_op
 from contig_pass.inductor.scope import inputs_of
@@ -47,6 +48,10 @@ def _register() -> None:
 
 
 def _lower_contiguous(x: Any, order: str) -> Any:
+    if _reads_opaque_memory():
+        x.realize()
+        _take_for_unaligned(x)
+    _keep_opaque_buffers_apart()
     size = x.get_size()
     if order == STRIDES:
         return _fresh(x, _strides_in_graph())
@@ -61,6 +66,7 @@ def _lower_contiguous(x: Any, order: str) -> Any:
 def _lower_pin(x: Any, alignment: int) -> Any:
     from torch._inductor import ir
 
+    _keep_opaque_buffers_apart()
     strides = _strides_in_graph()
     held = ir.ExternKernel.require_exact_strides(x, strides)
     if _starts_aligned(held, alignment):
@@ -76,8 +82,7 @@ def _lower_checked(x: Any, alignment: int) -> Any:
     if V.graph.cpp_wrapper:
         return _fresh(x, strides)  # a package has no Python to ask, so it always copies
     held = ir.ExternKernel.require_exact_strides(x, strides)
-    # Kernels that read it must not count on an address that only this op sees to.
-    V.graph.unaligned_buffers.add(_buffer_of(held).get_name())
+    _take_for_unaligned(held)
     return lowering.fallback_handler(checked_op(), add_to_fallback_set=False)(held, alignment)
 
 
@@ -88,6 +93,43 @@ def _buffer_of(x: Any) -> Any:
     while isinstance(x, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         x = x.data
     return x
+
+
+def _keep_opaque_buffers_apart() -> None:
+    """Let no buffer that is to start aligned take over memory of an op that may not start so.
+
+    What Inductor takes for aligned among such results it asserts to be.
+    """
+    from torch._inductor.virtualized import V
+
+    V.graph.never_reuse_buffers.update(filter(_is_opaque, V.graph.unaligned_buffers))
+
+
+def _reads_opaque_memory() -> bool:
+    """Whether the node being lowered reads a result of an op that may lie anywhere."""
+    from torch._inductor.virtualized import V
+
+    source = V.graph.current_node.args[0]
+    while (base := view_base(source)) is not None:
+        source = base
+    return is_opaque(source)
+
+
+def _is_opaque(name: str) -> bool:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    buffer = V.graph.name_to_buffer.get(name)
+    producer = buffer.inputs[0] if isinstance(buffer, ir.MultiOutput) else None
+    op = getattr(producer, "op_overload", None)
+    return isinstance(op, torch._ops.OpOverload) and not is_transparent(op)
+
+
+def _take_for_unaligned(x: Any) -> None:
+    """Let kernels that read realized ``x`` not count on its address."""
+    from torch._inductor.virtualized import V
+
+    V.graph.unaligned_buffers.add(_buffer_of(x).get_name())
 
 
 def _strides_in_graph() -> list[Any]:

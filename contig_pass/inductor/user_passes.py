@@ -29,7 +29,7 @@ class UserPasses:
             else:
                 user_pass(graph)
 
-    def uuid(self, ours: Any) -> Any | None:
+    def uuid(self, ours: str) -> Any | None:
         """Cache key of these passes and ours; ``None`` if one of them gives none."""
         ids = [p.uuid() if hasattr(p, "uuid") else None for p in self._passes]
         return None if None in ids else (ours, *ids)

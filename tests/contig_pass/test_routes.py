@@ -280,3 +280,50 @@ def test_scaled_mm_refused_by_the_tracer_is_planned_and_still_refused_to_others(
             with pytest.raises(Exception, match="row_major"):
                 compiled(a, b, scale)
             assert not reached
+
+
+def test_memory_of_an_opaque_result_is_not_taken_over() -> None:
+    """Inductor would compute the sum in place, in the op's misaligned memory."""
+    report = run(lambda x: kernels.rows(shifted(x) + 1), torch.randn(16, 64))
+    assert report.totals.clean == 1
+
+
+def test_what_is_copied_from_an_opaque_result_is_not_computed_in_it() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        out = shifted(x)
+        fill(x[0] * 2, out)
+        return kernels.rows(out)
+
+    report = run(function, torch.randn(16, 64))
+    assert any(row.write_back for row in report.fixes)
+
+
+def _rows_and_columns(b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    fill(b[1:], out[1:, 2:])
+    return out * 2
+
+
+def _one_part_after_the_other(b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    fill(b[1:], out[1:])
+    fill(b, out[:, 3:7])
+    return out.sum()
+
+
+@pytest.mark.parametrize("function", [_rows_and_columns, _one_part_after_the_other])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_parts_written_of_an_input_that_does_not_start_its_storage(
+    function: Callable, dynamic: bool
+) -> None:
+    """Plain Inductor writes to the wrong place: it takes the offset from the storage's start for
+    one from the input's, and that of a slice with symbolic sizes for 0."""
+    compiled = torch.compile(function, backend="contig_safe", fullgraph=True, dynamic=dynamic)
+    for offset, rows in ((1, 4), (5, 4), (8, 6), (0, 4)):
+        b, storage = torch.arange(8.0), torch.arange(200.0)
+        out = storage[offset : offset + rows * 16].view(rows, 16)
+        expected_storage = storage.clone()
+        expected = function(b, expected_storage[offset : offset + rows * 16].view(rows, 16))
+        kernels.received.clear()
+        assert torch.equal(compiled(b, out), expected)
+        assert torch.equal(storage, expected_storage)
+        assert kernels.received
+        assert kernels.bad() == []
