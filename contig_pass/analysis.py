@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from contig_pass.callsite import (
     operands,
     results,
     triton_operands,
+    writes_directly,
 )
 from contig_pass.contracts.calls import SUBGRAPH, SUBGRAPH_RESULT, TRITON_KERNEL
 from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry
@@ -61,10 +62,18 @@ class Use:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Every use of a graph that a contract binds, in graph order."""
+    """Every use of a graph that a contract binds, in graph order.
+
+    Attributes:
+        uses: the uses.
+        nodes: how many nodes the graph has.
+        writes: how many nodes that write to memory come before a node; absent if none does. A copy
+            serves no use that a write lies before, and not before another.
+    """
 
     uses: tuple[Use, ...]
     nodes: int
+    writes: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
     def violations(self) -> tuple[Use, ...]:
@@ -94,7 +103,12 @@ def analyse(
         called: the graph is a subgraph that another one calls.
     """
     uses: list[Use] = []
+    writes: dict[fx.Node, int] = {}
+    written = 0
     for node in graph.nodes:
+        if written:
+            writes[node] = written
+        written += writes_directly(node) or mutates_in_place(node)
         if called and node.op == "output":
             found = results(node)
             uses.extend(_judge_call(node, found, SUBGRAPH_RESULT, aligned_inputs, target))
@@ -112,7 +126,7 @@ def analyse(
             uses.extend(_judge_call(node, found, SUBGRAPH, aligned_inputs, target))
     if only is not None:
         uses = [use for use in uses if use.fact.root.name in only]
-    return Analysis(tuple(uses), len(graph.nodes))
+    return Analysis(tuple(uses), len(graph.nodes), writes)
 
 
 def _judge_op(

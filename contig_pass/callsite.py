@@ -222,13 +222,31 @@ def replace_operand(node: fx.Node, operand: Operand, new: fx.Node) -> fx.Node:
 def can_redirect(node: fx.Node, operand: Operand) -> bool:
     """Whether the op may write to other memory than ``operand``, to be put back afterwards.
 
-    It may where ``node`` is functional and no other argument writes to the same base.
+    It may where no other argument writes to the same memory.
     """
+    if writes_directly(node):
+        return _memory_of(operand.node) not in (
+            _memory_of(other.node)
+            for other in operands(node, node.target)  # type: ignore[arg-type]
+            if other != operand and other.argument in mutated_arguments(node.target)
+        )
     if node.target is not auto_functionalized_v2 or operand.path or operand.index is not None:
         return False
     written = [key for key in node.kwargs if key.endswith("_base_index")]
     bases = [node.kwargs[key] for key in written]
     return bases.count(_base_of(node, operand)) == 1
+
+
+def writes_directly(node: fx.Node) -> bool:
+    """Whether ``node`` calls an op that writes to the operands given, as in a graph that is not
+    functional."""
+    return isinstance(node.target, torch._ops.OpOverload) and bool(mutated_arguments(node.target))
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    while (base := view_base(node)) is not None:
+        node = base
+    return node
 
 
 def written_base(node: fx.Node, operand: Operand) -> fx.Node:
@@ -351,18 +369,18 @@ def view_base(node: fx.Node) -> fx.Node | None:
 
 @functools.cache
 def _viewed_argument(op: torch._ops.OpOverload) -> int | None:
-    """Position of the argument that the result of ``op`` is a view of."""
+    """Position of the argument that the result of ``op`` is a view of, or is itself."""
     if op is torch.ops.aten._unsafe_view.default:
         return 0  # declared as functional, lowered as a view
     returned = {
         name
         for ret in op._schema.returns
-        if ret.alias_info is not None and not ret.alias_info.is_write
+        if ret.alias_info is not None
         for name in ret.alias_info.before_set
     }
     for position, argument in enumerate(op._schema.arguments):
         info = argument.alias_info
-        if info is None or info.is_write:
+        if info is None:
             continue
         # An op that returns a list of views names it of its argument only: Tensor(a -> *).
         if returned & set(info.before_set) or "*" in info.after_set:

@@ -116,10 +116,10 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
     Raises:
         LayoutViolation: policy ``strict``, and a use can be neither proved legal nor repaired.
     """
-    fixes: dict[tuple[fx.Node, str, Use | None], Fix] = {}
+    fixes: dict[tuple[fx.Node, str, Use | int], Fix] = {}
     skips: list[Skip] = []
     held: list[Use] = []
-    opaque: dict[fx.Node, list[Use]] = {}
+    opaque: dict[tuple[fx.Node, int], list[Use]] = {}
     for use in analysis.uses:
         if use.clean:
             held.append(use)
@@ -129,7 +129,7 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
             skips.append(Skip(use, "policy audit: nothing is changed"))
             continue
         if _only_address_open(use):
-            opaque.setdefault(use.operand.node, []).append(use)
+            opaque.setdefault((use.operand.node, analysis.writes.get(use.node, 0)), []).append(use)
             continue
         remedy = _remedy(use)
         if remedy.obstacle is not None:
@@ -140,15 +140,16 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
             held.append(use)
             continue
         fix = Fix(use.operand.node, remedy.order, remedy.after, write_back=use.mutated)
-        # What an op writes to is nobody else's copy.
-        key = (use.operand.node, remedy.order, use if use.mutated else None)
+        # What an op writes to is nobody else's copy, nor is what was copied before a write.
+        alone = use if use.mutated else analysis.writes.get(use.node, 0)
+        key = (use.operand.node, remedy.order, alone)
         fixes.setdefault(key, fix).uses.append(use)
     for fix in fixes.values():
         _price(fix)
     pins = tuple(_pins(held)) if pinning and policy != AUDIT else ()
     checks = tuple(
         Check(source, max(_alignment(use.rules) for use in uses), tuple(uses))
-        for source, uses in opaque.items()
+        for (source, _), uses in opaque.items()
     )
     return Plan(policy, tuple(fixes.values()), pins, checks, tuple(skips))
 

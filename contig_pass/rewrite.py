@@ -9,7 +9,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from contig_pass.analysis import Use
-from contig_pass.callsite import redirect, replace_operand, written_base, written_view
+from contig_pass.callsite import (
+    redirect,
+    replace_operand,
+    writes_directly,
+    written_base,
+    written_view,
+)
 from contig_pass.contracts.rules import STRIDES
 from contig_pass.inductor.ops import checked_op, contiguous_op, empty_in_order, pin_op
 from contig_pass.plan import Fix, Plan
@@ -83,6 +89,8 @@ def _insert(
 def _insert_written(graph: fx.Graph, fix: Fix) -> fx.Node:
     """A copy for an op to write to, and what it wrote put back into the copied view's base."""
     (use,) = fix.uses
+    if writes_directly(use.node):
+        return _insert_written_directly(graph, fix)
     node, base = use.node, written_base(use.node, use.operand)
     kind, view = written_view(node, use.operand)
     take, put_back = _TAKEN[kind]
@@ -99,6 +107,19 @@ def _insert_written(graph: fx.Graph, fix: Fix) -> fx.Node:
         whole = _new_node(graph, put_back, args, base.meta["val"], node)
     for user in users:
         user.replace_input_with(written, whole)
+    return copy
+
+
+def _insert_written_directly(graph: fx.Graph, fix: Fix) -> fx.Node:
+    """A copy for an op to write to, and a ``copy_`` back into what it was copied from."""
+    (use,) = fix.uses
+    value = _copied(fix.source, fix.order)
+    with graph.inserting_before(use.node):
+        copy = _new_node(graph, contiguous_op(), (fix.source, fix.order), value, use.node)
+    replace_operand(use.node, use.operand, copy)
+    with graph.inserting_after(use.node):
+        back = (fix.source, copy)
+        _new_node(graph, aten.copy_.default, back, fix.source.meta["val"], use.node)
     return copy
 
 

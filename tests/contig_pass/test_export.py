@@ -78,7 +78,8 @@ def test_apply_with_a_promise_and_with_a_policy() -> None:
     assert contig_pass.last_reports()[-1].totals.fixes == 0
 
 
-def test_an_exported_program_that_writes_to_its_input() -> None:
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_an_exported_program_that_writes_to_its_input(decomposed: bool) -> None:
     @torch.library.custom_op("export_tests::fill", mutates_args={"out"})
     def fill(x: torch.Tensor, out: torch.Tensor) -> None:
         kernels.note("several", out)
@@ -92,11 +93,34 @@ def test_an_exported_program_that_writes_to_its_input() -> None:
             return x + 1
 
     exported = torch.export.export(Writer(), (torch.ones(4), torch.zeros(8)))
-    repaired = contig_pass.apply(exported.run_decompositions())
+    repaired = contig_pass.apply(exported.run_decompositions() if decomposed else exported)
     kernels.received.clear()
     out = torch.zeros(8)
     repaired.module()(torch.ones(4), out)
     assert out.tolist() == [0, 0, 0, 4, 4, 4, 4, 4]
+    assert kernels.received
+    assert kernels.bad() == []
+
+
+def test_a_copy_does_not_outlive_a_write_to_what_was_copied() -> None:
+    """The graph of an exported program may write in place, even before decompositions."""
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            part = x[:, 1:]
+            first = kernels.rows(part)
+            x.add_(1)
+            return first, kernels.rows(part), kernels.rows(x), kernels.rows(part)
+
+    repaired = contig_pass.apply(torch.export.export(Twice(), (torch.ones(4, 8),)))
+    # Both parts before and after the write; the input itself, which nobody promises aligned.
+    assert contig_pass.last_reports()[-1].totals.fixes == 3
+    x, same = torch.zeros(33)[1:].view(4, 8), torch.zeros(4, 8)
+    expected = Twice()(same)
+    kernels.received.clear()
+    for got, want in zip(repaired.module()(x), expected, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(x, same)
     assert kernels.received
     assert kernels.bad() == []
 
