@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from contig_pass.inductor import artifact, hooks, lowerings, scaled_mm
+from contig_pass.inductor.aliased import compile_for_placement
 from contig_pass.inductor.artifact import Delivery, delivering
 from contig_pass.inductor.freezing import FOLDING_HOOK, FoldingPass
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
@@ -48,10 +49,13 @@ def compile_with_inductor(
         with backend_call(), delivering(delivery), compiling(graph, names, kwargs):
             return compile_fx_inner(graph, inputs, **kwargs)
 
-    with delivering(delivery):
-        compiled = compile_fx(
-            module, example_inputs, inner_compile=inner_compile, config_patches=patches
-        )
+    def compile_(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with delivering(delivery):
+            return compile_fx(
+                module, inputs, inner_compile=inner_compile, config_patches=patches
+            )
+
+    compiled = compile_for_placement(compile_, module, example_inputs)
     return told_plainly(compiled) if options.policy == STRICT else compiled
 
 

@@ -327,3 +327,22 @@ def test_parts_written_of_an_input_that_does_not_start_its_storage(
         assert torch.equal(storage, expected_storage)
         assert kernels.received
         assert kernels.bad() == []
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inputs_that_share_memory_and_lie_elsewhere_at_a_later_call(dynamic: bool) -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return kernels.rows(y)
+
+    compiled = torch.compile(function, backend="contig_safe", fullgraph=True, dynamic=dynamic)
+    for first, second in ((1, 5), (0, 3), (4, 0), (0, 3), (1, 5)):
+        flat = torch.arange(100.0)
+        same = flat.clone()
+        x, y = (flat[offset : offset + 64].view(4, 16) for offset in (first, second))
+        expected = function(*(same[offset : offset + 64].view(4, 16) for offset in (first, second)))
+        kernels.received.clear()
+        assert torch.equal(compiled(x, y), expected)
+        assert torch.equal(flat, same)
+        assert kernels.received
+        assert kernels.bad() == []
