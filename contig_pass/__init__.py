@@ -16,6 +16,7 @@ from contig_pass.contracts.rules import (
 from contig_pass.errors import ContigPassError
 from contig_pass.explain import explain
 from contig_pass.export import aoti_compile_and_package, apply
+from contig_pass.preparing.relay import prepare
 from contig_pass.report.log import forget_reports, last_reports
 from contig_pass.report.model import Report
 
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "forget_reports",
     "last_reports",
+    "prepare",
     "register_contract",
     "unregister_contract",
 ]

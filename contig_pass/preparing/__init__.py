@@ -1,0 +1,1 @@
+"""``contig_pass.prepare``: parameters and buffers relaid once, before any call."""
