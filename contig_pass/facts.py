@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from contig_pass.callsite import Operand, is_opaque, offset_source, view_base
+from contig_pass.callsite import Operand
 from contig_pass.layout import ABSOLUTE, FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout
+from contig_pass.memory import is_opaque, offset_source, view_base
 
 #: Kinds of root.
 INPUT = "input"

@@ -12,15 +12,14 @@ from contig_pass.callsite import (
     Operand,
     called_op,
     is_triton_kernel,
-    offset_source,
     operands,
     subgraph_call,
     triton_operands,
-    view_base,
 )
 from contig_pass.contracts.registry import REGISTRY
 from contig_pass.inductor.ops import copy_with_strides
 from contig_pass.layout import INPUT_ALIGNMENT
+from contig_pass.memory import offset_source, view_base
 
 #: Ops that may turn out to be no copy at all once Inductor has simplified the graph.
 _PERHAPS_NO_COPY = frozenset(

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from contig_pass.analysis import Analysis, Use
-from contig_pass.callsite import can_redirect
 from contig_pass.contracts.rules import (
     KEEP,
     ROW,
@@ -27,6 +26,7 @@ from contig_pass.cost import bandwidth_of
 from contig_pass.errors import LayoutViolation
 from contig_pass.facts import COMPUTED, OPAQUE
 from contig_pass.layout import FRESH_ALIGNMENT, IntLike, Layout, dense_strides
+from contig_pass.memory import can_redirect
 from contig_pass.provenance import origin_of
 
 DENSE = "dense"

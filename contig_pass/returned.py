@@ -14,9 +14,9 @@ from torch import fx
 from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import TracingContext
 
-from contig_pass.callsite import view_base
 from contig_pass.inputs import written_inputs
 from contig_pass.layout import Layout, known
+from contig_pass.memory import view_base
 
 
 def aliases_of_inputs() -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from typing import Any
 import sympy
 import torch
 
-from contig_pass.callsite import is_opaque, is_transparent, view_base
 from contig_pass.contracts.rules import STRIDES, parse_order
 from contig_pass.inductor.ops import checked_op, contiguous_op, pin_op
 from contig_pass.inductor.scope import inputs_of
+from contig_pass.memory import is_opaque, is_transparent, view_base
 
 #: Inductor's C++ backend cannot load or store these; their bytes it can.
 _AS_BYTES = tuple(

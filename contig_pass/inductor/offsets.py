@@ -20,7 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from contig_pass.callsite import offset_source
+from contig_pass.memory import offset_source
 
 _BASE, _OFFSET, _DIM = "_base_index", "_storage_offset", "_slice_dim"
 _START, _END = "_slice_start", "_slice_end"

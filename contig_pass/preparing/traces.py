@@ -11,10 +11,10 @@ from torch import fx
 
 from contig_pass.analysis import Analysis, Use, analyse
 from contig_pass.aot_eager import compile_with_aot_eager
-from contig_pass.callsite import view_base
 from contig_pass.errors import ContigPassError
 from contig_pass.inputs import reached_inputs
 from contig_pass.layout import known
+from contig_pass.memory import view_base
 from contig_pass.options import Options
 from contig_pass.plan import AUDIT, CONTRACT, DENSE
 from contig_pass.preparing.memory import PLAIN_TENSORS, Group
