@@ -111,3 +111,60 @@ def test_a_misaligned_input_at_a_later_call() -> None:
         torch.cuda.synchronize()
         assert torch.equal(out, _product(a, w, one, bias))
     assert len(contig_pass.last_reports()) == 1
+
+
+class _Layer(torch.nn.Module):
+    """An FP8 linear whose bias starts ``elements`` into a fused buffer."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        a, w, one, bias = _values()
+        fused = torch.zeros(N + 64, device="cuda", dtype=BF16)
+        fused[elements : elements + N] = bias
+        self.register_buffer("w", w)
+        self.register_buffer("one", one)
+        self.bias = torch.nn.Parameter(fused[elements : elements + N], requires_grad=False)
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        return _product(a, self.w, self.one, self.bias)
+
+
+def test_cuda_graphs_replay_with_a_misaligned_parameter() -> None:
+    """Its aligned copy stays at one address, and what is written to it between calls counts."""
+    _needs_fp8()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    a, w, one, bias = _values()
+    layer = _Layer(1)
+    assert layer.bias.data_ptr() % 16
+    compiled = _compiled(layer, "reduce-overhead")
+    with torch.no_grad():
+        for step in range(5):
+            layer.bias.copy_(bias + step)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert torch.equal(compiled(a), _product(a, w, one, bias + step))
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    manager = torch._inductor.cudagraph_trees.get_container(a.device.index or 0).tree_manager
+    assert manager is not None
+    assert manager.new_graph_id().id > 0  # graphs were recorded
+
+
+@pytest.mark.parametrize("first", ["inductor", "contig_safe"])
+def test_a_program_that_torch_refuses(first: str) -> None:
+    """Inductor keeps refusing a row-major B, whichever backend compiles first."""
+    _needs_fp8()
+    a, w, one, _ = _values()
+    wrong_order = w.t().contiguous()
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(a, b, one, one, out_dtype=BF16)
+
+    expected = function(a, w.t())
+    for backend in ("inductor", "contig_safe")[:: 1 if first == "inductor" else -1]:
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend=backend)
+        if backend == "inductor":
+            with pytest.raises((torch._dynamo.exc.TorchRuntimeError, RuntimeError)):
+                compiled(a, wrong_order)
+        else:
+            assert torch.equal(compiled(a, wrong_order), expected)
