@@ -126,7 +126,8 @@ def _step(draw: st.DrawFn, x: torch.Tensor) -> tuple[str, Step]:
         "flip": lambda x: x.to(torch.float32).flip(dim) if x.dim() else x,
         "slice": lambda x: x.narrow(dim, start, length)[..., ::width],
         "select": lambda x: x.select(dim, start),
-        "expand": lambda x: x.narrow(dim, start, 1).expand(x.shape),
+        # Inductor takes a slice of symbolic length for longer than 1 and expands it wrongly.
+        "expand": lambda x: x.select(dim, start).unsqueeze(dim).expand(x.shape),
         "flatten": lambda x: x.reshape(-1),
         # The second part, which a larger input has as well, in full.
         "split": lambda x: x.split(max(size // 2, 1), dim)[int(size > 1)],
