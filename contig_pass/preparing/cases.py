@@ -13,8 +13,8 @@ from contig_pass.contracts.rules import AlignedPointer, Dense, NoOverlap, Rule
 from contig_pass.contracts.target import Target
 from contig_pass.layout import ABSOLUTE, INPUT_ALIGNMENT, Layout
 from contig_pass.plan import CONTRACT, make_plan
+from contig_pass.preparing.graphs import Traced
 from contig_pass.preparing.memory import Group, has_memory
-from contig_pass.preparing.traces import Traced
 
 _POINTER = AlignedPointer(INPUT_ALIGNMENT)
 

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from contig_pass.contracts.rules import order_name
 from contig_pass.errors import ContigPassError
-from contig_pass.layout import Layout, dense_strides
+from contig_pass.layout import dense_strides
 from contig_pass.options import Options, parse_options
 from contig_pass.plan import AUDIT, DENSE
 from contig_pass.preparing.cases import Case, cases_of, rules_in_words
 from contig_pass.preparing.memory import Group, groups_of
 from contig_pass.preparing.report import Outcome, fix_rows, report_of, skip_row
 from contig_pass.preparing.traces import trace_model
-from contig_pass.preparing.verdict import Verdict, orders_of, try_order
+from contig_pass.preparing.verdict import Verdict, choose
 from contig_pass.report.model import Report
 
 
@@ -101,7 +100,7 @@ def _settle(case: Case, options: Options) -> Outcome:
         obstacle = "policy audit: nothing is changed"
     if obstacle is not None:
         return Outcome([skip_row(case, wrong, obstacle)])
-    order, verdict, hindered = _choose(case, layout)
+    order, verdict, hindered = choose(case, layout)
     if order is None:
         stays = f": {_left_words(verdict)}" if verdict.left else ""
         reason = f"no dense copy of the whole tensor repairs it{stays}{hindered}"
@@ -113,26 +112,6 @@ def _settle(case: Case, options: Options) -> Outcome:
         reason = f"not every use is repaired: {_left_words(verdict)}{hindered}"
         rows.append(skip_row(case, tuple(rules_in_words(use)), reason, use))
     return Outcome(rows, 1 if case.alone else len(case.open_uses) - len(verdict.left))
-
-
-def _choose(case: Case, layout: Layout) -> tuple[tuple[int, ...] | None, Verdict, str]:
-    """The first order that gains most and its verdict; if none gains, ``None`` and the verdict on
-    the present order. Last, in words, why the first order that is out is out."""
-    present, *others = orders_of(layout)
-    if case.alone:
-        return present, Verdict(), ""
-    first = try_order(case, present)
-    chosen, best = (present, first) if first.gain > (0, 0) else (None, first)
-    hindered = ""
-    for order in (present, *others):
-        verdict = first if order is present else try_order(case, order)
-        if verdict.obstacle is not None and not hindered:
-            hindered = f"; in {order_name(order)} order {verdict.obstacle}"
-        if verdict.gain > best.gain:
-            chosen, best = order, verdict
-        if chosen is not None and not best.left:
-            break
-    return chosen, best, hindered
 
 
 def _left_words(verdict: Verdict) -> str:

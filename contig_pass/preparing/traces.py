@@ -1,47 +1,23 @@
-"""The graphs of a model's forward pass, with the tensors that their placeholders stand for."""
+"""Run a model once and keep its forward graphs as the layout pass would see them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from contig_pass.analysis import Analysis, Use, analyse
+from contig_pass.analysis import analyse
 from contig_pass.aot_eager import compile_with_aot_eager
 from contig_pass.errors import ContigPassError
-from contig_pass.inputs import reached_inputs
+from contig_pass.inputs import reached_inputs, written_inputs
 from contig_pass.layout import known
-from contig_pass.memory import view_base
 from contig_pass.options import Options
 from contig_pass.plan import AUDIT, CONTRACT, DENSE
+from contig_pass.preparing.graphs import Traced, traced_of
 from contig_pass.preparing.memory import PLAIN_TENSORS, Group
-
-
-@dataclass(frozen=True, eq=False)
-class Traced:
-    """One graph as the layout pass would see it, unchanged.
-
-    Attributes:
-        nodes: how many it has.
-        uses: bound uses by the node whose memory they read; inputs are taken as a compiled graph
-            takes them: realigned.
-        tensors: what its placeholders stood for.
-        reached: placeholders that are realigned at run time.
-        views: by placeholder, the nodes that view its memory, in graph order.
-        contiguous: placeholders that the program calls ``contiguous()`` on, in vain as they lie.
-        unfollowed: inputs of the traced program that no placeholder stands for.
-    """
-
-    nodes: int
-    uses: Mapping[fx.Node, Sequence[Use]]
-    tensors: Mapping[fx.Node, torch.Tensor]
-    reached: frozenset[fx.Node]
-    views: Mapping[fx.Node, Sequence[fx.Node]]
-    contiguous: frozenset[fx.Node]
-    unfollowed: Sequence[torch.Tensor]
 
 
 def trace_model(
@@ -75,14 +51,18 @@ def trace_model(
             if _is_backward(graph):
                 return  # compiled at once where it needs symbolic sizes
             standing = _inputs_of(graph, inputs)
+            tensors = {node: tensor for node, tensor in standing.items() if id(tensor) in held}
+            followed = {id(tensor) for tensor in tensors.values()}
             analysis = analyse(
                 graph,
                 aligned_inputs={node.name for node in reached_inputs(graph)},
                 density=density,
                 target=options.target,
             )
-            graphs.append(_traced(graph, analysis, standing, inputs, held, fixed))
-            written.extend(_written(graph, standing))
+            contiguous = {node for node, tensor in tensors.items() if id(tensor) in fixed}
+            unfollowed = [t for t in inputs if id(t) in held and id(t) not in followed]
+            graphs.append(traced_of(graph, analysis, tensors, contiguous, unfollowed))
+            written.extend(standing[node] for node in written_inputs(graph) if node in standing)
 
         # As a pass of the user's it sees the graph first, and under audit nobody edits it then.
         configured = UserPasses(getattr(config, HOOK))
@@ -182,36 +162,3 @@ def _agree(node: fx.Node, tensor: Any) -> bool:
     numbers = zip((*value.shape, *value.stride()), (*tensor.shape, *tensor.stride()), strict=False)
     same = value.dim() == tensor.dim() and value.dtype == tensor.dtype
     return same and all(known(a == b) is not False for a, b in numbers)
-
-
-def _written(graph: fx.Graph, tensors: Mapping[fx.Node, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Inputs that the graph writes to: it is functional but for copies into them at its end."""
-    for node in graph.nodes:
-        if node.target is torch.ops.aten.copy_.default and node.args[0] in tensors:
-            yield tensors[node.args[0]]
-
-
-def _traced(
-    graph: fx.Graph,
-    analysis: Analysis,
-    standing: Mapping[fx.Node, torch.Tensor],
-    inputs: Sequence[Any],
-    held: Mapping[int, torch.Tensor],
-    fixed: Set[int],
-) -> Traced:
-    reached = frozenset(reached_inputs(graph))
-    uses: dict[fx.Node, list[Use]] = {}
-    for use in analysis.uses:
-        uses.setdefault(use.fact.root, []).append(use)
-    tensors = {node: tensor for node, tensor in standing.items() if id(tensor) in held}
-    views: dict[fx.Node, list[fx.Node]] = {node: [] for node in tensors}
-    roots = {node: node for node in tensors}
-    for node in graph.nodes:
-        root = roots.get(view_base(node))  # type: ignore[arg-type]
-        if root is not None:
-            roots[node] = root
-            views[root].append(node)
-    followed = {id(tensor) for tensor in tensors.values()}
-    unfollowed = [t for t in inputs if id(t) in held and id(t) not in followed]
-    contiguous = frozenset(node for node, tensor in tensors.items() if id(tensor) in fixed)
-    return Traced(analysis.nodes, uses, tensors, reached, views, contiguous, unfollowed)

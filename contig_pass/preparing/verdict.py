@@ -12,7 +12,7 @@ from torch import fx
 
 from contig_pass.analysis import Use
 from contig_pass.callsite import called_op
-from contig_pass.contracts.rules import COLUMN, KEEP, ROW, dim_order
+from contig_pass.contracts.rules import COLUMN, KEEP, ROW, dim_order, order_name
 from contig_pass.layout import FRESH_ALIGNMENT, INPUT_ALIGNMENT, Layout, dense_strides, known
 from contig_pass.preparing.cases import Case, Site, is_copied, judged_as
 
@@ -41,7 +41,7 @@ class Verdict:
         return (self.spared, self.legal) if self.obstacle is None else (0, 0)
 
 
-def orders_of(layout: Layout) -> Iterator[tuple[int, ...]]:
+def _orders_of(layout: Layout) -> Iterator[tuple[int, ...]]:
     """Orders of dimensions to try, the present one first; none with the same strides twice."""
     # Elements that lie on each other have no order to keep.
     names = (ROW, COLUMN) if layout.overlaps() else (KEEP, ROW, COLUMN)
@@ -55,7 +55,32 @@ def orders_of(layout: Layout) -> Iterator[tuple[int, ...]]:
             yield order
 
 
-def try_order(case: Case, order: tuple[int, ...]) -> Verdict:
+def choose(case: Case, layout: Layout) -> tuple[tuple[int, ...] | None, Verdict, str]:
+    """The first order that gains most and its verdict; if none gains, ``None`` and the verdict on
+    the present order. Last, in words, why the first order that is out is out."""
+    present, *others = _orders_of(layout)
+    if case.alone:
+        return present, Verdict(), ""
+    best = _try_order(case, present)
+    chosen = present if best.gain > (0, 0) else None
+    hindered = _hindrance(present, best)
+    for order in others:
+        if chosen is not None and not best.left:
+            break
+        verdict = _try_order(case, order)
+        hindered = hindered or _hindrance(order, verdict)
+        if verdict.gain > best.gain:
+            chosen, best = order, verdict
+    return chosen, best, hindered
+
+
+def _hindrance(order: tuple[int, ...], verdict: Verdict) -> str:
+    if verdict.obstacle is None:
+        return ""
+    return f"; in {order_name(order)} order {verdict.obstacle}"
+
+
+def _try_order(case: Case, order: tuple[int, ...]) -> Verdict:
     """Judge a fresh dense copy in ``order`` by every view and every use."""
     tensor = case.group.tensor
     strides = dense_strides(tuple(tensor.shape), order)

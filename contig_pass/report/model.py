@@ -12,6 +12,8 @@ from contig_pass.analysis import Analysis, Use
 from contig_pass.cost import bandwidth_of
 from contig_pass.layout import IntLike, Layout
 from contig_pass.plan import Fix, Plan, Skip
+from contig_pass.preparing.cases import rules_in_words
+from contig_pass.preparing.savings import preparable_bytes
 from contig_pass.provenance import origin_of
 
 #: Version of the JSON form of a report.
@@ -121,7 +123,8 @@ class Totals:
         skips: uses left alone with a reason.
         pins: values that the compiler is held to the layout of.
         checks: values from opaque ops whose address is looked at when the graph runs.
-        preparable: bytes a call that ``prepare`` would save: of copies of whole parameters.
+        preparable: bytes a call that ``prepare`` would save: of copies that another layout of a
+            parameter or buffer spares, unless something outside the graph keeps it as it lies.
         nbytes: bytes read plus written by the copies, where known.
         microseconds: modelled time of the copies, where known.
     """
@@ -223,11 +226,7 @@ def make_report(
         skips=len(plan.skips),
         pins=len(plan.pins),
         checks=len(plan.checks),
-        preparable=sum(
-            fix.nbytes or 0
-            for fix in plan.fixes
-            if fix.uses[0].fact.root.name in parameters and _whole(fix)
-        ),
+        preparable=preparable_bytes(analysis, plan, parameters),
         nbytes=sum(fix.nbytes or 0 for fix in plan.fixes),
         microseconds=sum(fix.microseconds or 0.0 for fix in plan.fixes),
     )
@@ -272,12 +271,6 @@ def merge(reports: list[Report]) -> Report:
     )
 
 
-def _whole(fix: Fix) -> bool:
-    """Whether every element of the memory's owner is copied."""
-    owner = fix.uses[0].fact.root.meta["val"]
-    return owner.numel() * owner.dtype.itemsize == fix.after.nbytes
-
-
 def _fix_rows(fix: Fix, copy: str, parameter: str | None) -> list[Row]:
     rows = []
     for position, use in enumerate(fix.uses):
@@ -286,7 +279,7 @@ def _fix_rows(fix: Fix, copy: str, parameter: str | None) -> list[Row]:
             _row(
                 FIX,
                 use,
-                reason=_broken(use),
+                reason="; ".join(rules_in_words(use)),
                 after=Place.of(fix.after),
                 order=fix.order,
                 copy=copy,
@@ -302,12 +295,6 @@ def _fix_rows(fix: Fix, copy: str, parameter: str | None) -> list[Row]:
 
 def _skip_row(skip: Skip) -> Row:
     return _row(SKIP, skip.use, reason=skip.reason)
-
-
-def _broken(use: Use) -> str:
-    parts = [f"not {rule.describe()}" for rule in use.broken]
-    parts += [f"cannot be proved {rule.describe()}" for rule in use.unknown]
-    return "; ".join(parts)
 
 
 def _row(
