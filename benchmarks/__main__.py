@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import clean, pass_scaling
+from benchmarks import clean, pass_scaling, peer, prologue
 from benchmarks.faults import command as faults
 
-SUBCOMMANDS = (faults, pass_scaling, clean)
+SUBCOMMANDS = (faults, pass_scaling, prologue, clean, peer)
 
 
 def main() -> int:

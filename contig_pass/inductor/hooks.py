@@ -112,11 +112,15 @@ SCALED_LOWERING = Hook(
     f"{_I}.template_heuristics.triton", "BaseScaledMMConfigMixin.adjust_kernel_inputs",
     "an aligned slice as bias or scale may end a GPU compile with an AssertionError",
 )
+DATA_PTR = Hook(
+    "torch._C._dynamo.guards", "_torchinductor_pyobject_tensor_data_ptr",
+    "looking at a thousand inputs on a call takes up to 170 microseconds",
+)
 
 HOOKS = (
     COMPILED_GRAPH, POST_COMPILE, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS,
     CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
-    TRACE_RULES, SCALED_LOWERING,
+    TRACE_RULES, SCALED_LOWERING, DATA_PTR,
 )
 
 

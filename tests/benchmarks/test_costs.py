@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import clean, pass_scaling
+from benchmarks import clean, pass_scaling, prologue
 
 
 def test_a_clean_wan_block_pays_nothing(
@@ -46,3 +46,9 @@ def test_the_pass_is_quick_and_finds_every_planted_fault() -> None:
     layers = fixes / 2  # padded rows and a misaligned bias in each
     assert layers == int(layers) > 300
     assert seconds / size * 10_000 <= pass_scaling.SECONDS_PER_10K
+
+
+def test_looking_at_a_thousand_inputs_is_quick() -> None:
+    plain, checked = prologue.time_call("cpu", prologue.INPUTS, 500)
+    # Three times what the benchmark allows: CI machines are shared.
+    assert checked - plain <= 3 * prologue.MICROSECONDS
