@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Self
 
 import torch
 from torch import nn
 
-from wan_models.quant.recipes import E4M3, quantize, quantize_weight, recipe_named
+from wan_models.quant.linear import (
+    QuantizedLinear,
+    checked_scale,
+    compute_type,
+    kept_bias,
+)
+from wan_models.quant.recipes import Recipe, quantize, quantize_weight, recipe_named
 
 #: ``_scaled_mm`` wants K and N to be multiples of this.
 SIZE_MULTIPLE = 16
-#: Output types of the kernel; it adds a bias of the same type.
-COMPUTE_TYPES = (torch.bfloat16, torch.float16)
 
 
 def fp8_linear(
@@ -23,23 +25,30 @@ def fp8_linear(
     weight_scale: torch.Tensor,
     input_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    *,
+    input_scaled: bool = False,
 ) -> torch.Tensor:
-    """y = (s_x * s_w) * Q(x) Q(W)^T + b with Q(x) = e4m3(clamp(x / s_x)), here with s_x = 1.
+    """y = (s_x * s_w) * Q(x) Q(W)^T + b with Q(x) = e4m3(clamp(x / s_x)).
 
     Args:
-        x: (..., K), left unchanged.
-        weight: (N, K) e4m3; its transpose is the column-major operand that the kernel wants.
-        weight_scale, input_scale: fp32, one element; the input scale is the static 1.
+        x: (..., K), left unchanged. Activations are e4m3 whatever the weight is: the kernel
+            takes no e5m2 on both sides.
+        weight: (N, K) e4m3 or e5m2; its transpose is the column-major operand it wants.
+        weight_scale: s_w, fp32, one element.
+        input_scale: s_x, fp32, one element.
         bias: (N,) in the compute type, or None.
+        input_scaled: whether s_x may differ from 1; without it nothing is divided.
 
     Returns:
         (..., N) in the dtype of ``x``. Computed in bf16 or fp16; an fp32 ``x`` computes in bf16,
         since ``_scaled_mm`` takes no bias with an fp32 result.
     """
-    compute = x.dtype if x.dtype in COMPUTE_TYPES else torch.bfloat16
-    rows = quantize(x.reshape(-1, x.shape[-1]))
+    compute = compute_type(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if input_scaled:
+        rows = rows.float() / input_scale
     out = torch._scaled_mm(
-        rows,
+        quantize(rows),
         weight.t(),
         scale_a=input_scale,
         scale_b=weight_scale,
@@ -49,135 +58,119 @@ def fp8_linear(
     return out.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
-class KeepsQuantizedTypes(nn.Module):
-    """A module whose e4m3 and fp32 tensors keep their types when it is cast.
+class Fp8Linear(QuantizedLinear):
+    """A linear layer with an e4m3 or e5m2 weight, by any FP8 recipe. For inference.
 
-    ``module.half()`` or ``module.to(torch.bfloat16)`` would otherwise widen the weight and narrow
-    the scales, which ``_scaled_mm`` takes in fp32 alone. Moves between devices work as ever.
-    """
+    Buffers: ``weight`` (N, K); ``weight_scale`` and ``input_scale`` fp32 of shape (); ``bias``
+    (N,) bf16 or fp16, or None. Scales that are 1 by the recipe are no part of ``state_dict``.
+    A fast recipe needs a CPU, or a CUDA device of capability 8.9 or later.
 
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> KeepsQuantizedTypes:
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            made = fn(tensor)
-            if made.dtype == tensor.dtype or tensor.dtype not in (E4M3, torch.float32):
-                return made
-            return tensor.to(made.device)
+    Args:
+        weight: (N, K) in the recipe's type.
+        weight_scale: one element for a scaled recipe, otherwise None or a 1 that is ignored.
+        bias: (N,) or None.
+        recipe: name of an FP8 recipe.
+        input_scale: one element by which activations are divided before the cast of a fast
+            recipe, or None for 1.
 
-        return super()._apply(keep, recurse)
-
-
-class Fp8Linear(KeepsQuantizedTypes):
-    """A linear layer with an e4m3 weight, computed by ``torch._scaled_mm``. For inference.
-
-    Buffers: ``weight`` (N, K) e4m3, ``weight_scale`` and ``input_scale`` fp32 of shape (),
-    ``bias`` (N,) bf16 or fp16, or None. Needs a CPU, or a CUDA device of capability 8.9 or later.
+    Raises:
+        ValueError: a recipe that is not FP8 or not of the weight's type, or a bad scale.
     """
 
     def __init__(
-        self, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        recipe: str = "fp8_e4m3fn_scaled_fast",
+        input_scale: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        made_by = fp8_recipe(recipe)
+        if weight.dtype != made_by.dtype:
+            raise ValueError(f"weight is {weight.dtype}: recipe {recipe!r} stores {made_by.dtype}")
+        if made_by.scaled and weight_scale is None:
+            raise ValueError(f"recipe {recipe!r} needs a weight_scale")
+        super().__init__((weight.shape[0], weight.shape[1]), made_by)
+        self.scaled = made_by.scaled
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer(
-            "input_scale", torch.ones((), dtype=torch.float32, device=weight.device)
-        )
+        if made_by.scaled:
+            self.register_buffer("weight_scale", checked_scale("weight_scale", weight_scale))
+        else:
+            self.register_one("weight_scale", weight.device)
         self.register_buffer("bias", bias)
+        self.input_scaled = False
+        self.register_one("input_scale", weight.device)
+        if input_scale is not None:
+            self.set_input_scale(input_scale)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, recipe: str) -> Fp8Linear:
+    def from_linear(cls, linear: nn.Linear, recipe: str) -> Self:
         """Quantise ``linear`` by the recipe called ``recipe``.
 
         Raises:
-            ValueError: unknown recipe, or sizes that the kernel does not take.
+            ValueError: unknown recipe, one that is not FP8, or sizes that the kernel refuses.
         """
-        obstacle = unfit(linear)
+        made_by = fp8_recipe(recipe)
+        obstacle = unfit(linear, made_by)
         if obstacle is not None:
             raise ValueError(obstacle)
-        weight, scale = quantize_weight(linear.weight.detach(), recipe_named(recipe))
-        bias = None
-        if linear.bias is not None:
-            # A wider bias would be cast in every call: the kernel adds it in its output type.
-            kept = linear.bias.dtype if linear.bias.dtype in COMPUTE_TYPES else torch.bfloat16
-            bias = linear.bias.detach().to(kept, copy=True)
-        return cls(weight, scale, bias)
+        weight, scale = quantize_weight(linear.weight.detach(), made_by)
+        return cls(weight, scale, kept_bias(linear), recipe)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., K), 1-D to any number of dimensions. Returns (..., N)."""
-        return fp8_linear(x, self.weight, self.weight_scale, self.input_scale, self.bias)
+    def set_input_scale(self, scale: torch.Tensor) -> None:
+        """Divide activations by ``scale``, one element, before they are cast to e4m3.
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        For checkpoints that bring a calibrated scale; it becomes part of ``state_dict``.
+
+        Raises:
+            ValueError: more than one element, or a recipe that casts no activations.
+        """
+        if not self.fast:
+            raise ValueError(f"recipe {self.recipe!r} casts no activations: it has no input_scale")
+        scale = checked_scale("input_scale", scale).to(self.weight.device)
+        self._ones.remove("input_scale")
+        self.input_scaled = True
+        self.register_buffer("input_scale", scale)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if not self.scaled:
+            return self.weight.to(dtype)
+        return (self.weight.float() * self.weight_scale).to(dtype)
+
+    @torch.no_grad()
+    def requantise_(self, weight: torch.Tensor) -> None:
+        stored, scale = quantize_weight(weight, recipe_named(self.recipe))
+        self.weight.copy_(stored)
+        self.weight_scale.copy_(scale)
+
+    def scaled_product(self, x: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.input_scale,
+            self.bias,
+            input_scaled=self.input_scaled,
+        )
 
 
-def unfit(linear: nn.Linear) -> str | None:
-    """Why ``linear`` cannot be an FP8 linear; ``None`` if it can."""
+def fp8_recipe(name: str) -> Recipe:
+    """The FP8 recipe called ``name``.
+
+    Raises:
+        ValueError: there is none, or it is FP4.
+    """
+    recipe = recipe_named(name)
+    if recipe.fp4:
+        raise ValueError(f"recipe {name!r} is FP4: use Fp4Linear")
+    return recipe
+
+
+def unfit(linear: nn.Linear, recipe: Recipe) -> str | None:
+    """Why ``linear`` cannot be quantised by an FP8 recipe; ``None`` if it can."""
+    if not recipe.fast:
+        return None
     for name, size in (("K", linear.in_features), ("N", linear.out_features)):
         if size % SIZE_MULTIPLE:
             return f"{name}={size} is not a multiple of {SIZE_MULTIPLE}, as _scaled_mm demands"
     return None
-
-
-class QuantizedRow(NamedTuple):
-    """What :func:`quantize_` did to one linear: dotted name, action, reason."""
-
-    name: str
-    action: str
-    reason: str
-
-
-def quantize_(module: nn.Module, recipe: str, skip: Sequence[str] = ()) -> list[QuantizedRow]:
-    """Replace the linears of ``module``, in place, by FP8 linears.
-
-    Args:
-        module: any module.
-        recipe: name of a recipe, see :mod:`wan_models.quant.recipes`.
-        skip: linears that stay in high precision, by exact dotted name; ``*`` stands for exactly
-            one component, as in ``"blocks.*.cross_attn.k"``. Never a substring.
-
-    Returns:
-        One row for every name of an ``nn.Linear``, in order. A linear with several names is
-        treated as one: replaced once, or kept if any of its names is skipped.
-
-    Raises:
-        ValueError: unknown recipe, a ``skip`` entry that names no linear, or a ``module`` that
-            is itself a linear: nothing holds it, so nothing can hold its replacement.
-    """
-    recipe_named(recipe)
-    if isinstance(module, nn.Linear):
-        raise ValueError("quantize_ replaces linears inside a module: use Fp8Linear.from_linear")
-    linears = [
-        (name, child)
-        for name, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, nn.Linear)
-    ]
-    patterns = {entry: _pattern(entry) for entry in skip}
-    for entry, pattern in patterns.items():
-        if not any(pattern.fullmatch(name) for name, _ in linears):
-            raise ValueError(f"skip={entry!r} names no linear of {type(module).__name__}")
-    kept = {
-        linear: f"named in skip by {entry!r}"
-        for entry, pattern in reversed(patterns.items())
-        for name, linear in linears
-        if pattern.fullmatch(name)
-    }
-    rows: list[QuantizedRow] = []
-    made: dict[nn.Linear, Fp8Linear] = {}
-    for name, linear in linears:
-        reason = kept.get(linear) or unfit(linear)
-        if reason is not None:
-            rows.append(QuantizedRow(name, "kept", reason))
-            continue
-        parent, _, leaf = name.rpartition(".")
-        if linear not in made:
-            made[linear] = Fp8Linear.from_linear(linear, recipe)
-        setattr(module.get_submodule(parent), leaf, made[linear])
-        rows.append(QuantizedRow(name, "quantised", recipe))
-    return rows
-
-
-def _pattern(entry: str) -> re.Pattern[str]:
-    return re.compile(re.escape(entry).replace(r"\*", r"[^.]+"))

@@ -10,18 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wan_models.quant.fp8 import Fp8Linear, KeepsQuantizedTypes, fp8_linear
-from wan_models.quant.recipes import E4M3
+from wan_models.quant.fp8 import Fp8Linear, fp8_linear, fp8_recipe
+from wan_models.quant.linear import QuantizedLinear
+from wan_models.quant.recipes import E4M3, quantize_weight, recipe_named
 
 #: Where a bias starts if nothing displaces it: behind the weight, at a multiple of this byte.
 _ALIGNMENT = 16
 
 
-class SlabLinear(KeepsQuantizedTypes):
+class SlabLinear(QuantizedLinear):
     """See the module's docstring; values equal those of the :class:`Fp8Linear` it is built from.
 
-    Buffers: ``slab`` uint8, ``weight_scale`` and ``input_scale`` fp32 of shape (). Addresses count
-    from the start of ``slab``, which torch allocates at a multiple of 64 bytes or more.
+    Buffers: ``slab`` uint8, ``weight_scale`` and ``input_scale`` fp32 of shape (); the last is 1
+    and no part of ``state_dict``. Addresses count from the start of ``slab``, which torch
+    allocates at a multiple of 64 bytes or more.
 
     Args:
         slab: 1-D uint8; any bytes between the pieces are ignored.
@@ -31,9 +33,11 @@ class SlabLinear(KeepsQuantizedTypes):
         pitch: bytes from one row of the weight to the next, at least K.
         bias_offset: byte at which the bias starts, a multiple of its item size; None without one.
         bias_dtype: bf16 or fp16.
+        recipe: name of a fast e4m3 recipe.
 
     Raises:
-        ValueError: pieces that leave the slab or overlap, or a bias that splits an element.
+        ValueError: pieces that leave the slab or overlap, a bias that splits an element, or
+            another recipe.
     """
 
     def __init__(
@@ -45,19 +49,20 @@ class SlabLinear(KeepsQuantizedTypes):
         pitch: int,
         bias_offset: int | None,
         bias_dtype: torch.dtype = torch.bfloat16,
+        recipe: str = "fp8_e4m3fn_scaled_fast",
     ) -> None:
-        super().__init__()
+        made_by = fp8_recipe(recipe)
+        if made_by.dtype != E4M3 or not made_by.fast:
+            raise ValueError(f"recipe {recipe!r}: a slab holds e4m3 for the scaled product alone")
         _check(slab, shape, weight_offset, pitch, bias_offset, bias_dtype)
-        self.out_features, self.in_features = shape
+        super().__init__(shape, made_by)
         self.weight_offset = weight_offset
         self.pitch = pitch
         self.bias_offset = bias_offset
         self.bias_dtype = bias_dtype
         self.register_buffer("slab", slab)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer(
-            "input_scale", torch.ones((), dtype=torch.float32, device=slab.device)
-        )
+        self.register_one("input_scale", slab.device)
 
     @classmethod
     def from_linear(
@@ -80,8 +85,8 @@ class SlabLinear(KeepsQuantizedTypes):
                 multiple of the bias's item size (2).
 
         Raises:
-            ValueError: unknown recipe, a size that the kernel does not take, a negative number,
-                or a bias that would split an element.
+            ValueError: a recipe that is unknown or no fast e4m3 one, a size that the kernel does
+                not take, a negative number, or a bias that would split an element.
         """
         if min(weight_offset, row_padding, bias_gap) < 0 or bias_gap % 2:
             raise ValueError(
@@ -99,7 +104,14 @@ class SlabLinear(KeepsQuantizedTypes):
             size = bias_offset + rows * bias_dtype.itemsize
         slab = torch.zeros(size, dtype=torch.uint8, device=dense.weight.device)
         made = cls(
-            slab, dense.weight_scale, (rows, columns), weight_offset, pitch, bias_offset, bias_dtype
+            slab,
+            dense.weight_scale,
+            (rows, columns),
+            weight_offset,
+            pitch,
+            bias_offset,
+            bias_dtype,
+            recipe,
         )
         made.weight().copy_(dense.weight)
         if dense.bias is not None:
@@ -119,14 +131,27 @@ class SlabLinear(KeepsQuantizedTypes):
         end = self.bias_offset + self.out_features * self.bias_dtype.itemsize
         return self.slab[self.bias_offset : end].view(self.bias_dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., K). Returns (..., N)."""
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the bias, whether there is one or not."""
+        return self.bias_dtype
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (self.weight().float() * self.weight_scale).to(dtype)
+
+    @torch.no_grad()
+    def requantise_(self, weight: torch.Tensor) -> None:
+        stored, scale = quantize_weight(weight, recipe_named(self.recipe))
+        self.weight().copy_(stored)
+        self.weight_scale.copy_(scale)
+
+    def scaled_product(self, x: torch.Tensor) -> torch.Tensor:
         return fp8_linear(x, self.weight(), self.weight_scale, self.input_scale, self.bias())
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, weight_offset={self.weight_offset}, "
-            f"pitch={self.pitch}, bias_offset={self.bias_offset}"
+            f"pitch={self.pitch}, bias_offset={self.bias_offset}, recipe={self.recipe!r}"
         )
 
 
