@@ -1,16 +1,23 @@
-"""Self-attention of a Wan block."""
+"""Self-attention of a Wan block, in all its variants."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
+import torch
+
+from wan_models.attention.base import QKVAttention, check_grid
 from wan_models.attention.kernels import attention
-from wan_models.layers import WanRMSNorm
+from wan_models.attention.speakers import reference_map
 from wan_models.rope import apply_rope
 
+if TYPE_CHECKING:
+    from wan_models.attention.radial import RadialPattern
 
-class WanSelfAttention(nn.Module):
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class WanSelfAttention(QKVAttention):
     """q, k, v and o projections, RMS norm of q and k over the whole width, 3-D rotary.
 
     Args:
@@ -20,24 +27,155 @@ class WanSelfAttention(nn.Module):
         mode: attention kernel, see :func:`wan_models.attention.kernels.attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int, eps: float = 1e-6, mode: str = "sdpa") -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.mode = mode
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = WanRMSNorm(dim, eps)
-        self.norm_k = WanRMSNorm(dim, eps)
+    def project(
+        self, x: torch.Tensor, rope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v, each (B, L, H, D), of x (B, L, C); q and k turned if there is a table."""
+        q = self.query(x)
+        k, v = self.key_value(x)
+        if rope is None:
+            return q, k, v
+        return apply_rope(q, rope), apply_rope(k, rope), v
 
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: (B, L, C); rope: from :func:`wan_models.rope.rope_table`; seq_lens: (B,) valid
         tokens of each sample. Returns (B, L, C)."""
-        heads = (self.num_heads, -1)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        v = self.v(x).unflatten(-1, heads)
-        return self.o(attention(q, k, v, mode=self.mode, k_lens=seq_lens).flatten(2))
+        return self.o(self.attend(*self.project(x, rope), seq_lens).flatten(2))
+
+    def forward_ip(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        ip: torch.Tensor | None = None,
+        ip_rope: torch.Tensor | None = None,
+        cache: KeyValue | None = None,
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """Video tokens attend to a reference's tokens too, and those to themselves alone.
+
+        The reference does not change with the time step, so its keys and values of the first
+        step serve all later ones.
+
+        Args:
+            x: (B, L, C).
+            rope: table of the video tokens.
+            ip: (B, Li, C), the reference's tokens; not read where there is a cache.
+            ip_rope: their table; None leaves them unturned.
+            cache: keys and values that an earlier step returned.
+
+        Returns:
+            (B, L + Li, C), or (B, L, C) with a cache; and the reference's keys and values, each
+            (B, Li, H, D). No kernel gets the memory of these, so none can change them.
+
+        Raises:
+            ValueError: neither ``ip`` nor ``cache``, or a cache for other sizes.
+        """
+        q, k, v = self.project(x, rope)
+        if cache is not None:
+            k_ip, v_ip = cache
+            self._check_cache(k, k_ip, v_ip)
+        elif ip is not None:
+            q_ip, k_ip, v_ip = self.project(ip, ip_rope)
+        else:
+            raise ValueError("forward_ip: give the reference's tokens, or the cache of a step")
+        keys, values = torch.cat([k, k_ip], dim=1), torch.cat([v, v_ip], dim=1)
+        out = self.attend(q, keys, values)
+        if cache is None:
+            # The joined copies, because some kernels write to their keys: k_ip is to be kept.
+            tokens = x.shape[1]
+            alone = self.attend(q_ip, keys[:, tokens:], values[:, tokens:])
+            out = torch.cat([out, alone], dim=1)
+        return self.o(out.flatten(2)), (k_ip, v_ip)
+
+    def forward_radial(
+        self, x: torch.Tensor, rope: torch.Tensor, pattern: RadialPattern, dense: bool = False
+    ) -> torch.Tensor:
+        """Attention to the key blocks that a radial pattern keeps.
+
+        Args:
+            x: (B, L, C).
+            rope: table of the video tokens.
+            pattern: see :class:`wan_models.attention.radial.RadialPattern`.
+            dense: attend to all keys by the kernel of :attr:`mode`, as early steps and blocks do.
+
+        Returns:
+            (B, L, C).
+        """
+        q, k, v = self.project(x, rope)
+        if dense:
+            return self.o(self.attend(q, k, v).flatten(2))
+        return self.o(attention(q, k, v, mode="radial", radial=pattern).flatten(2))
+
+    def forward_multitalk(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        grid: tuple[int, int, int],
+        ref_masks: torch.Tensor,
+        seq_lens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, and how much each token looks at each speaker in the first frame.
+
+        Args:
+            x: (B, L, C).
+            rope: table of the video tokens.
+            grid: tokens along (time, rows, columns).
+            ref_masks: (classes, rows * columns), see
+                :func:`wan_models.attention.speakers.reference_masks`.
+            seq_lens: (B,) valid tokens of each sample.
+
+        Returns:
+            (B, L, C); and maps (classes, L) fp32, or (B, classes, L) for more than one sample.
+
+        Raises:
+            ValueError: masks for another number of tokens than a frame has, or fewer tokens than
+                the grid holds.
+        """
+        if x.shape[1] < grid[0] * grid[1] * grid[2]:
+            check_grid(x.shape[1], grid, "forward_multitalk")
+        q, k, v = self.project(x, rope)
+        out = self.o(self.attend(q, k, v, seq_lens).flatten(2))
+        maps = reference_map(q, k[:, : grid[1] * grid[2]], ref_masks)
+        return out, maps.squeeze(0)
+
+    def forward_split(
+        self, x: torch.Tensor, rope: torch.Tensor, grid: tuple[int, int, int], chunks: int
+    ) -> torch.Tensor:
+        """Contiguous groups of frames attend each to itself; earlier groups take what is over.
+
+        Args:
+            x: (B, L, C).
+            rope: table of the video tokens.
+            grid: tokens along (time, rows, columns); their product is L.
+            chunks: groups, at least 1 and at most the frames. The first T mod ``chunks`` groups
+                have one frame more than the others.
+
+        Returns:
+            (B, L, C).
+
+        Raises:
+            ValueError: L is not what the grid holds, or ``chunks`` is out of range.
+        """
+        check_grid(x.shape[1], grid, "forward_split")
+        frames, frame = grid[0], grid[1] * grid[2]
+        if not 1 <= chunks <= frames:
+            raise ValueError(f"chunks={chunks}: use 1 to {frames}, the latent frames")
+        q, k, v = self.project(x, rope)
+        parts, start = [], 0
+        for index in range(chunks):
+            length = frames // chunks + (index < frames % chunks)
+            group = slice(start * frame, (start + length) * frame)
+            parts.append(self.attend(q[:, group], k[:, group], v[:, group]))
+            start += length
+        return self.o(torch.cat(parts, dim=1).flatten(2))
+
+    @staticmethod
+    def _check_cache(k: torch.Tensor, k_ip: torch.Tensor, v_ip: torch.Tensor) -> None:
+        batch, _, heads, width = k.shape
+        fits = k_ip.dim() == 4 and (k_ip.shape[0], *k_ip.shape[2:]) == (batch, heads, width)
+        if not fits or k_ip.shape != v_ip.shape:
+            raise ValueError(
+                f"forward_ip: cache has shapes {tuple(k_ip.shape)} and {tuple(v_ip.shape)}: use "
+                f"({batch}, Li, {heads}, {width}) twice"
+            )
