@@ -15,8 +15,9 @@ import torch
 from tabulate import tabulate
 
 import contig_pass
-from wan_models.block import BlockInputs, WanBlock, block_inputs
+from wan_models.block import WanBlock
 from wan_models.config import TINY
+from wan_models.inputs import BlockInputs, block_inputs
 from wan_models.quant import SlabLinear, quantize_
 from wan_models.recorder import Received, digest, recording
 

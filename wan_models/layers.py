@@ -11,7 +11,8 @@ class WanRMSNorm(nn.Module):
     """y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension.
 
     For q and k that is the whole model dimension, before the heads are split. Computed in fp32
-    and cast back before the weight is applied, as the official model does.
+    and cast back before the weight is applied, as the official model does. The result has the
+    dtype of ``x``, also where a checkpoint keeps the weight in fp32.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -23,7 +24,7 @@ class WanRMSNorm(nn.Module):
         """x: (..., dim)."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return (normed.to(x.dtype) * self.weight).to(x.dtype)
 
 
 class WanLayerNorm(nn.LayerNorm):
@@ -37,6 +38,18 @@ class WanLayerNorm(nn.LayerNorm):
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class WideLinear(nn.Linear):
+    """A linear layer computed in fp32 whatever the type of its parameters.
+
+    For the time embedding: every block adds what it makes to its own modulation, in fp32.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., K). Returns (..., N) fp32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.weight.float(), bias)
 
 
 def feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:

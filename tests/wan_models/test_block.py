@@ -312,7 +312,6 @@ def test_padded_keys_are_masked():
         (lambda q: attention(q[0], q[0], q[0]), r"takes \(B, L, H, D\): got 3"),
         (lambda q: attention(q, q[:, :, :1], q[:, :, :1]), "must share B, H and D"),
         (lambda q: attention(q, q, q, k_lens=torch.tensor([4, 4])), "one length for each of 1"),
-        (lambda q: check_mode("sdpa_flash", torch.device("cuda"), masked=True), "takes no mask"),
         (
             lambda q: check_mode("sdpa_cudnn", torch.device("cuda"), dtype=torch.float32),
             "needs bfloat16 or float16",
