@@ -120,8 +120,9 @@ def _is_opaque(name: str) -> bool:
     from torch._inductor.virtualized import V
 
     buffer = V.graph.name_to_buffer.get(name)
-    producer = buffer.inputs[0] if isinstance(buffer, ir.MultiOutput) else None
-    op = getattr(producer, "op_overload", None)
+    # A single result is a part of its op's up to torch 2.13, and the op's own from 2.14 on.
+    producer = buffer.inputs[0] if isinstance(buffer, ir.MultiOutput) else buffer
+    op = producer.op_overload if isinstance(producer, ir.FallbackKernel) else None
     return isinstance(op, torch._ops.OpOverload) and not is_transparent(op)
 
 
