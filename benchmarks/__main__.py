@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import accuracy, clean, pass_scaling, peer, prologue
+from benchmarks import accuracy, clean, pass_scaling, peer, prologue, sanitizer_overhead
 from benchmarks.coverage import command as coverage
 from benchmarks.faults import command as faults
 
-SUBCOMMANDS = (faults, pass_scaling, prologue, clean, peer, coverage, accuracy)
+SUBCOMMANDS = (faults, pass_scaling, prologue, clean, peer, coverage, accuracy, sanitizer_overhead)
 
 
 def main() -> int:

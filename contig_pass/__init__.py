@@ -19,6 +19,7 @@ from contig_pass.export import aoti_compile_and_package, apply
 from contig_pass.preparing.relay import prepare
 from contig_pass.report.log import forget_reports, last_reports
 from contig_pass.report.model import Report
+from contig_pass.sanitizer import sanitize
 
 __all__ = [
     "AlignedPitch",
@@ -40,5 +41,6 @@ __all__ = [
     "last_reports",
     "prepare",
     "register_contract",
+    "sanitize",
     "unregister_contract",
 ]

@@ -21,6 +21,7 @@ from contig_pass.callsite import (
     writes_directly,
 )
 from contig_pass.contracts.calls import SUBGRAPH, SUBGRAPH_RESULT, TRITON_KERNEL
+from contig_pass.contracts.judging import judge
 from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry
 from contig_pass.contracts.rules import Dense, Rule
 from contig_pass.contracts.target import Target, target_of
@@ -181,17 +182,15 @@ def _use(
     mutated: bool,
     target: Target,
 ) -> Use:
-    # An empty operand is never read, so any layout of it is legal.
-    empty = fact.layout.is_empty() is True
-    answers = {} if empty else {rule: rule.check(fact.layout) for rule in rules}
+    broken, unknown = judge(rules, fact.layout)
     return Use(
         node=node,
         operand=operand,
         contract=contract,
         fact=fact,
         rules=rules,
-        broken=tuple(r for r, holds in answers.items() if holds is False),
-        unknown=tuple(r for r, holds in answers.items() if holds is None),
+        broken=broken,
+        unknown=unknown,
         mutated=mutated,
         target=target,
     )

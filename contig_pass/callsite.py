@@ -54,7 +54,12 @@ class Operand:
     @property
     def name(self) -> str:
         """``bias``, ``scale_a[0]``, ..."""
-        return self.argument if self.index is None else f"{self.argument}[{self.index}]"
+        return operand_name(self.argument, self.index)
+
+
+def operand_name(argument: str, index: int | None) -> str:
+    """``bias``, or of a tensor in a list ``scale_a[0]``."""
+    return argument if index is None else f"{argument}[{index}]"
 
 
 def called_op(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -74,20 +79,21 @@ def is_functionalized(node: fx.Node) -> bool:
 
 def arguments(node: fx.Node, op: torch._ops.OpOverload) -> dict[str, Any]:
     """Arguments given at ``node`` by schema name; what the node leaves to defaults is absent."""
-    names = _argument_names(op)
+    names = argument_names(op)
     if is_functionalized(node):
         return {name: value for name, value in node.kwargs.items() if name in names}
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 @functools.cache
-def _argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
+def argument_names(op: torch._ops.OpOverload) -> tuple[str, ...]:
+    """Names of the arguments of ``op``, in the schema's order."""
     return tuple(argument.name for argument in op._schema.arguments)
 
 
 def operands(node: fx.Node, op: torch._ops.OpOverload) -> Iterator[Operand]:
     """Tensor operands given at ``node``, each tensor of a list by itself."""
-    names = _argument_names(op)
+    names = argument_names(op)
     if is_functionalized(node):
         given = {name: ("kwargs", name) for name in node.kwargs if name in names}
     else:

@@ -14,7 +14,12 @@ class ContractError(ContigPassError):
 
 
 class LayoutViolation(ContigPassError):
-    """Policy ``strict``: a use that breaks its contract can be neither proved nor repaired."""
+    """A use that breaks its contract: under policy ``strict`` one that can be neither proved nor
+    repaired, under :func:`contig_pass.sanitize` one that is about to happen."""
+
+
+class TargetError(ContigPassError):
+    """What ``contig-pass diff`` was told to trace does not exist, or cannot be traced."""
 
 
 class ReportError(ContigPassError):

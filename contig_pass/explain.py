@@ -46,8 +46,8 @@ def explain(
     from contig_pass.inductor.trace import plan_graphs
     from contig_pass.inductor.tracing import backend_call, repairs_layouts
 
-    options = parse_options(None, {"policy": policy, "target": target})
-    repaired = replace(options, policy=CONTRACT)
+    options = replace(parse_options(None, {"policy": policy, "target": target}), listing=True)
+    repaired = replace(options, policy=CONTRACT, listing=False)
     reports: list[Report] = []
 
     @repairs_layouts

@@ -49,7 +49,7 @@ def apply(
         OptionError, ReportError, LayoutViolation: as from the backend.
     """
     _check(exported_program, "apply")
-    options = parse_options(None, {"policy": policy, "target": target})
+    options = parse_options(None, {"policy": policy, "target": target, "report": report})
     deliver = deliver_to(report)
     module = copy.deepcopy(exported_program.graph_module)
     signature = copy.deepcopy(exported_program.graph_signature)
@@ -110,7 +110,8 @@ def aoti_compile_and_package(
     from contig_pass.inductor.compiler import packaging
 
     _check(exported_program, "aoti_compile_and_package")
-    options = parse_options(None, {"policy": policy, "target": target, **(inductor_configs or {})})
+    given = {"policy": policy, "target": target, "report": report, **(inductor_configs or {})}
+    options = parse_options(None, given)
     with packaging(options, deliver_to(report)) as patches:
         return torch._inductor.aoti_compile_and_package(
             exported_program, package_path=package_path, inductor_configs=patches

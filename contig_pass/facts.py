@@ -8,8 +8,9 @@ start on.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -49,13 +50,18 @@ class Fact:
         return self.kind != COMPUTED
 
 
-def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
+def fact_of(
+    operand: Operand,
+    aligned_inputs: Set[str],
+    facts: Mapping[fx.Node, Fact] = MappingProxyType({}),
+) -> Fact:
     """The fact about the value of ``operand``.
 
     Args:
         operand: which operand of which node.
         aligned_inputs: names of the placeholders that are realigned at run time to
             :data:`~contig_pass.layout.INPUT_ALIGNMENT` bytes; nothing is known of others.
+        facts: of nodes before it, so that going through a whole graph takes linear time.
     """
     root, value = operand.node, operand.value
     while (base := view_base(root)) is not None:
@@ -69,7 +75,9 @@ def fact_of(operand: Operand, aligned_inputs: Set[str]) -> Fact:
         base_alignment = INPUT_ALIGNMENT if root.name in aligned_inputs else owner.dtype.itemsize
         kind = INPUT
     elif (source := offset_source(root)) is not None:
-        inner = fact_of(Operand("", None, source, source.meta["val"], ()), aligned_inputs)
+        inner = facts.get(source) or fact_of(
+            Operand("", None, source, source.meta["val"], ()), aligned_inputs
+        )
         base_alignment = inner.layout.known_alignment()
         kind = OPAQUE if inner.kind == OPAQUE else COMPUTED
         offset = offset - root.meta["val"].storage_offset() * value.dtype.itemsize

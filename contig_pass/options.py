@@ -24,11 +24,12 @@ class Options:
 
     Attributes:
         policy: ``"dense"``, ``"contract"``, ``"audit"`` or ``"strict"``.
-        report: path (``.txt`` or ``.json``) that each graph's report is written to, or a callable
-            that receives each :class:`~contig_pass.Report`; ``None``: neither.
+        report: path (``.txt``, ``.json`` or ``.html``) that each graph's report is written to, or
+            a callable that receives each :class:`~contig_pass.Report`; ``None``: neither.
         inner: ``"inductor"`` or ``"aot_eager"``.
         target: judge by this device's contracts; ``None``: by each tensor's own device.
         inductor: Inductor configuration to compile with.
+        listing: reports list the whole graph, as ``.html`` shows it.
     """
 
     policy: str = DENSE
@@ -36,11 +37,13 @@ class Options:
     inner: str = INDUCTOR
     target: Target | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    listing: bool = False
 
     def decisive(self) -> str:
-        """The options that change a graph, as text for cache keys."""
+        """The options that change a graph or what is kept with it, as text for cache keys."""
         target = AUTO if self.target is None else self.target.name
-        return f"policy={self.policy} target={target}"
+        listing = " listing" if self.listing else ""
+        return f"policy={self.policy} target={target}{listing}"
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -68,7 +71,12 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"inner='aot_eager' compiles nothing, so it takes no mode and no Inductor option: "
             f"remove {', '.join(sorted(inductor))}"
         )
-    return Options(policy, report, inner, target, inductor)
+    return Options(policy, report, inner, target, inductor, shows_graphs(report))
+
+
+def shows_graphs(report: Any) -> bool:
+    """Whether what is written to ``report`` shows whole graphs."""
+    return isinstance(report, str) and report.endswith(".html")
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

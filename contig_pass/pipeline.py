@@ -12,6 +12,7 @@ from contig_pass.analysis import analyse
 from contig_pass.options import Options
 from contig_pass.plan import AUDIT, DENSE, make_plan
 from contig_pass.report.diff import hunks_of, lines_of
+from contig_pass.report.listing import list_graph, states_of
 from contig_pass.report.model import Report, make_report
 from contig_pass.rewrite import apply_plan
 
@@ -51,7 +52,9 @@ def repair(
     )
     plan = make_plan(analysis, options.policy, pinning=pinning)
     before = lines_of(plan)
+    states = states_of(graph) if options.listing else ()
     copies = apply_plan(graph, plan)
     hunks = hunks_of(plan, copies, before)
+    listings = (list_graph(name, graph, states, aligned_inputs),) if options.listing else ()
     seconds = time.perf_counter() - started
-    return make_report(name, analysis, plan, copies, hunks, seconds, parameters)
+    return make_report(name, analysis, plan, copies, hunks, seconds, parameters, listings)

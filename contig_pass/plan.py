@@ -6,28 +6,21 @@ whether it is made, and the price is reported either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from contig_pass.analysis import Analysis, Use
-from contig_pass.contracts.rules import (
-    KEEP,
-    ROW,
-    STRIDES,
-    AlignedPointer,
-    Rule,
-    dim_order,
-    order_name,
-)
+from contig_pass.contracts.rules import AlignedPointer, Rule
 from contig_pass.cost import bandwidth_of
 from contig_pass.errors import LayoutViolation
 from contig_pass.facts import COMPUTED, OPAQUE
-from contig_pass.layout import FRESH_ALIGNMENT, IntLike, Layout, dense_strides
+from contig_pass.layout import Layout
 from contig_pass.memory import can_redirect
 from contig_pass.provenance import origin_of
+from contig_pass.remedy import Remedy, lossy_remedy, remedy_of
 
 DENSE = "dense"
 CONTRACT = "contract"
@@ -157,69 +150,18 @@ def make_plan(analysis: Analysis, policy: str, *, pinning: bool = True) -> Plan:
 # -- safety --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Remedy:
-    """What a copy can do for a use.
-
-    Attributes:
-        order: name of the copy's order.
-        after: layout of the copy.
-        helps: some rule that is broken, or cannot be proved, holds for the copy.
-        obstacle: what no copy can repair, in words; ``None``: nothing.
-    """
-
-    order: str
-    after: Layout
-    helps: bool
-    obstacle: str | None
-
-
 def _only_address_open(use: Use) -> bool:
     """Whether all that is open is where an opaque op's memory starts."""
     open_ = all(isinstance(rule, AlignedPointer) for rule in use.unknown)
     return use.fact.kind == OPAQUE and not use.broken and not use.mutated and open_
 
 
-def _remedy(use: Use) -> _Remedy:
-    if use.contract.keep_strides:
-        name, after = STRIDES, _copy_layout(use.fact.layout, use.fact.layout.strides)
-    else:
-        order = _order_of(use)
-        shape = use.fact.layout.shape
-        name = order_name(order)
-        after = _copy_layout(use.fact.layout, dense_strides(shape, order))
+def _remedy(use: Use) -> Remedy:
+    layout, contract = use.fact.layout, use.contract
     if use.mutated and not can_redirect(use.node, use.operand):
         reason = "the op writes to this operand, and a copy would lose what it writes"
-        return _Remedy(name, after, False, reason)
-    open_rules = (*use.broken, *use.unknown)
-    repaired = [r for r in open_rules if r.by_copy and r.check(after) is not False]
-    spoiled = [r for r in use.rules if r not in open_rules and r.check(after) is False]
-    if spoiled:
-        return _Remedy(name, after, False, _beyond_copies(spoiled, after, "would break"))
-    hopeless = [r for r in open_rules if r not in repaired]
-    obstacle = _beyond_copies(hopeless, after, "would still break") if hopeless else None
-    return _Remedy(name, after, bool(repaired), obstacle)
-
-
-def _beyond_copies(rules: Sequence[Rule], after: Layout, verb: str) -> str:
-    words = "; ".join(rule.describe() for rule in rules)
-    return f"a dense copy, {after.describe()}, {verb}: {words}"
-
-
-def _order_of(use: Use) -> tuple[int, ...]:
-    """Order of dimensions that the repairing copy of ``use`` gets."""
-    layout = use.fact.layout
-    orders = [rule.order for rule in use.rules if rule.order is not None]
-    kept = dim_order(KEEP, layout)
-    if use.contract.keep_order or not orders:
-        after = _copy_layout(layout, dense_strides(layout.shape, kept))
-        if all(rule.check(after) is not False for rule in use.rules if rule.by_copy):
-            return kept
-    return dim_order(orders[0] if orders else ROW, layout)
-
-
-def _copy_layout(before: Layout, strides: tuple[IntLike, ...]) -> Layout:
-    return Layout(before.shape, strides, 0, FRESH_ALIGNMENT, before.dtype, before.device)
+        return lossy_remedy(layout, contract, use.rules, reason)
+    return remedy_of(layout, contract, use.rules, (*use.broken, *use.unknown))
 
 
 def _strict_message(use: Use, obstacle: str) -> str:

@@ -142,6 +142,10 @@ class Registry:
         """Whether any contract speaks of ``op``."""
         return op_name(op) in self._table
 
+    def table(self) -> Mapping[str, tuple[Contract, ...]]:
+        """Contracts by op; another object after every change."""
+        return self._table
+
     def contracts(self) -> tuple[Contract, ...]:
         """Every contract, in order of registration by op."""
         return tuple(c for group in self._table.values() for c in group)

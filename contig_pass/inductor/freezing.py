@@ -52,8 +52,8 @@ class FoldingPass(custom_graph_pass.CustomGraphPass):
             name for name, value in parameters.items() if value.data_ptr() % INPUT_ALIGNMENT == 0
         }
         report = repair(
-            graph, self._options, aligned, name=get_aot_graph_name(), pinning=False,
-            only=frozenset(parameters),
+            graph, replace(self._options, listing=False), aligned, name=get_aot_graph_name(),
+            pinning=False, only=frozenset(parameters),
         )
         rows = tuple(replace(row, once=True) for row in report.fixes)
         if rows:

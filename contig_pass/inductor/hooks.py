@@ -116,11 +116,15 @@ DATA_PTR = Hook(
     "torch._C._dynamo.guards", "_torchinductor_pyobject_tensor_data_ptr",
     "looking at a thousand inputs on a call takes up to 170 microseconds",
 )
+_UNSEEN = "the sanitizer does not see the ops that a custom op's kernel calls"
+KEYS_OF = Hook("torch._C", "_dispatch_keys", _UNSEEN)
+KEYS_AFTER = Hook("torch._C", "_dispatch_keyset_full_after", _UNSEEN)
+CURRENT_MODE = Hook("torch.utils._python_dispatch", "_get_current_dispatch_mode", _UNSEEN)
 
 HOOKS = (
     COMPILED_GRAPH, POST_COMPILE, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS,
     CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
-    TRACE_RULES, SCALED_LOWERING, DATA_PTR,
+    TRACE_RULES, SCALED_LOWERING, DATA_PTR, KEYS_OF, KEYS_AFTER, CURRENT_MODE,
 )
 
 

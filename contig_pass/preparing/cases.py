@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from contig_pass.analysis import Analysis, Use
+from contig_pass.contracts.judging import judge, objections
 from contig_pass.contracts.rules import AlignedPointer, Dense, NoOverlap, Rule
 from contig_pass.contracts.target import Target
 from contig_pass.layout import ABSOLUTE, INPUT_ALIGNMENT, Layout
@@ -105,19 +106,17 @@ def cases_of(groups: Sequence[Group], traced: Sequence[Traced]) -> Iterator[Case
 
 def rules_in_words(use: Use) -> list[str]:
     """What a use's rules object to."""
-    broken = [f"not {rule.describe()}" for rule in use.broken]
-    return broken + [f"cannot be proved {rule.describe()}" for rule in use.unknown]
+    return objections(use.broken, use.unknown)
 
 
 def judged_as(use: Use, layout: Layout) -> Use:
     """``use`` with ``layout`` for its operand."""
-    empty = layout.is_empty() is True
-    answers = {} if empty else {rule: rule.check(layout) for rule in use.rules}
+    broken, unknown = judge(use.rules, layout)
     return replace(
         use,
         fact=replace(use.fact, layout=layout),
-        broken=tuple(rule for rule, holds in answers.items() if holds is False),
-        unknown=tuple(rule for rule, holds in answers.items() if holds is None),
+        broken=broken,
+        unknown=unknown,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +15,16 @@ from contig_pass.report.model import Hunk
 
 def node_line(node: fx.Node) -> str:
     """``name: dtype[shape][strides]@offset = op(args)``, the offset in bytes of its storage."""
-    return f"{node.name}: {_memory(node.meta.get('val'))} = {_op(node)}({_arguments(node)})"
+    return line_of(node, node.args, node.kwargs, node.meta.get("val"))
+
+
+def line_of(
+    node: fx.Node, args: Any, kwargs: Any, value: Any, alignment: int | None = None
+) -> str:
+    """The line of ``node`` with these arguments and this value; where the alignment of its address
+    is given, in bytes, `` a16`` follows the offset."""
+    known = "" if alignment is None else f" a{alignment}"
+    return f"{node.name}: {_memory(value)}{known} = {_op(node)}({_arguments(args, kwargs)})"
 
 
 def lines_of(plan: Plan) -> dict[fx.Node, str]:
@@ -45,7 +55,7 @@ def hunks_of(
 
 
 def _memory(value: object) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         dtype = str(value.dtype).removeprefix("torch.")
         offset = value.storage_offset() * value.dtype.itemsize
         return f"{dtype}[{_numbers(value.shape)}][{_numbers(value.stride())}]@{offset}"
@@ -62,10 +72,10 @@ def _op(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_function" else f"{node.op} {node.target}"
 
 
-def _arguments(node: fx.Node) -> str:
-    args = [_argument(a) for a in node.args]
-    args += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
-    return ", ".join(args)
+def _arguments(args: Any, kwargs: Any) -> str:
+    listed = [_argument(a) for a in args]
+    listed += [f"{name}={_argument(value)}" for name, value in kwargs.items()]
+    return ", ".join(listed)
 
 
 def _argument(value: object) -> str:

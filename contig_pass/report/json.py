@@ -1,6 +1,6 @@
-"""A report as JSON, version 2.
+"""A report as JSON, version 3.
 
-A file is an object ``{"schema": "contig_pass.report", "version": 2, "reports": [report, ...]}``.
+A file is an object ``{"schema": "contig_pass.report", "version": 3, "reports": [report, ...]}``.
 A report has the fields of :class:`~contig_pass.report.model.Report`:
 
 =============  ===================================================================================
@@ -14,8 +14,10 @@ totals         object of numbers: nodes, uses, clean, fixes, fixed_uses, skips, 
                preparable (bytes a call), nbytes, microseconds
 rows           objects, see below
 hunks          objects {module, lines}; a line is [mark, text], mark one of " ", "-", "+"
-seconds        number: time that the pass took
+seconds        number: time that the pass took; 0 in files of ``contig-pass diff``, so that equal
+               programs give equal files
 cached         boolean: the graph came out of a compile cache
+listings       objects {graph, parts}, a part like a hunk; empty in files that ``write_file`` made
 =============  ===================================================================================
 
 A row has kind ("fix" or "skip"), reason, rules (strings), source, op, operand, node, dtype, shape,
@@ -33,7 +35,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from contig_pass.errors import ReportError
-from contig_pass.report.model import SCHEMA_VERSION, Hunk, Place, Report, Row, Totals
+from contig_pass.report.model import (
+    SCHEMA_VERSION,
+    Hunk,
+    Listing,
+    Place,
+    Report,
+    Row,
+    Totals,
+)
 
 SCHEMA = "contig_pass.report"
 
@@ -79,6 +89,7 @@ def from_json(data: Mapping[str, Any]) -> Report:
     fields["totals"] = Totals(**_checked(Totals, fields["totals"]))
     fields["rows"] = tuple(_row(row) for row in fields["rows"])
     fields["hunks"] = tuple(_hunk(hunk) for hunk in fields["hunks"])
+    fields["listings"] = tuple(_listing(listing) for listing in fields["listings"])
     return Report(**fields)
 
 
@@ -99,6 +110,11 @@ def _place(data: Mapping[str, Any]) -> Place:
 def _hunk(data: Mapping[str, Any]) -> Hunk:
     fields = _checked(Hunk, data)
     return Hunk(fields["module"], tuple((mark, line) for mark, line in fields["lines"]))
+
+
+def _listing(data: Mapping[str, Any]) -> Listing:
+    fields = _checked(Listing, data)
+    return Listing(fields["graph"], tuple(_hunk(part) for part in fields["parts"]))
 
 
 def _checked(kind: type, data: Any) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from contig_pass.preparing.savings import preparable_bytes
 from contig_pass.provenance import origin_of
 
 #: Version of the JSON form of a report.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 FIX = "fix"
 SKIP = "skip"
@@ -111,6 +111,20 @@ class Hunk:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A whole graph before and after, for a report that shows it.
+
+    Attributes:
+        graph: the graph's name.
+        parts: its nodes in order, one part for each run of nodes of one module. A node that
+            changed has two lines: ``"-"`` as it was and ``"+"`` as it is.
+    """
+
+    graph: str
+    parts: tuple[Hunk, ...]
+
+
+@dataclass(frozen=True)
 class Totals:
     """Sums over a report.
 
@@ -157,6 +171,7 @@ class Report:
         seconds: time that analysis, plan and rewrite took.
         cached: the graph came out of a compile cache; the report is that of the compile that put
             it there.
+        listings: the whole graph, kept by ``explain`` and for a report that ends in ``.html``.
     """
 
     graph: str
@@ -168,6 +183,7 @@ class Report:
     hunks: tuple[Hunk, ...]
     seconds: float = 0.0
     cached: bool = False
+    listings: tuple[Listing, ...] = ()
 
     @property
     def fixes(self) -> tuple[Row, ...]:
@@ -198,6 +214,7 @@ def make_report(
     hunks: tuple[Hunk, ...],
     seconds: float,
     parameters: Mapping[str, str] = MappingProxyType({}),
+    listings: tuple[Listing, ...] = (),
 ) -> Report:
     """The report of one graph after its plan was carried out.
 
@@ -209,6 +226,7 @@ def make_report(
         hunks: the graph diff.
         seconds: time that the pass took.
         parameters: names of the parameters by the names of their placeholders.
+        listings: the whole graph, where that is wanted.
     """
     rows = [
         row
@@ -241,6 +259,7 @@ def make_report(
         rows=tuple(rows),
         hunks=hunks,
         seconds=seconds,
+        listings=listings,
     )
 
 
@@ -268,6 +287,7 @@ def merge(reports: list[Report]) -> Report:
         rows=tuple(row for report in reports for row in report.rows),
         hunks=tuple(hunk for report in reports for hunk in report.hunks),
         seconds=sum(report.seconds for report in reports),
+        listings=tuple(listing for report in reports for listing in report.listings),
     )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from tabulate import tabulate
 
 from contig_pass.provenance import repeated
-from contig_pass.report.model import Hunk, Place, Report, Row
+from contig_pass.report.model import Place, Report, Row
+from contig_pass.report.rolling import kind_of_hunk, kind_of_row, rolled_up
+from contig_pass.report.units import in_bytes, in_microseconds
 
 WIDTH = 100
 _LEGEND = "memory is written (strides in elements) @byte offset, aligned to N bytes: aN"
@@ -36,36 +37,14 @@ def to_text(report: Report, width: int = WIDTH) -> str:
 def render_diff(report: Report, width: int = WIDTH) -> str:
     """The graph diff: each node as ``name: dtype[shape][strides]@byte offset = op(...)``."""
     lines = ["graph diff (dtype[shape][strides]@byte offset)"]
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
-    for hunk in report.hunks:
-        key = (repeated(hunk.module), _without_numbers(hunk))
-        groups[key] = groups.get(key, 0) + 1
-    shown = set()
-    for hunk in report.hunks:
-        key = (repeated(hunk.module), _without_numbers(hunk))
-        if key in shown:
-            continue
-        shown.add(key)
-        count = f" x{groups[key]}, the first:" if groups[key] > 1 else ""
-        lines.append(f"@@ {key[0] or 'top level'}{count}")
-        for mark, line in hunk.lines:
+    for hunks in rolled_up(report.hunks, kind_of_hunk):
+        count = f" x{len(hunks)}, the first:" if len(hunks) > 1 else ""
+        lines.append(f"@@ {repeated(hunks[0].module) or 'top level'}{count}")
+        for mark, line in hunks[0].lines:
             lines += textwrap.wrap(
                 line, width, initial_indent=f"{mark} ", subsequent_indent=f"{mark}     "
             )
     return "\n".join(lines)
-
-
-def _without_numbers(hunk: Hunk) -> tuple[tuple[str, str], ...]:
-    """The hunk with node names stripped of their counters, to find equal ones."""
-    return tuple(
-        (mark, " ".join(_base_name(word) for word in line.split())) for mark, line in hunk.lines
-    )
-
-
-def _base_name(word: str) -> str:
-    name = word.rstrip("),:").split("(")[-1]
-    stem, _, counter = name.rpartition("_")
-    return word.replace(name, stem) if stem and counter.isdigit() else word
 
 
 # -- headline ------------------------------------------------------------------------------------
@@ -89,13 +68,11 @@ def _headline(report: Report, width: int) -> str:
             "alone with a reason"
         )
     if totals.fixes:
-        lines.append(
-            f"the copies move {_bytes(totals.nbytes)} in {_us(totals.microseconds)} (modelled; "
-            f"{report.bandwidth})"
-        )
+        moved, spent = in_bytes(totals.nbytes), in_microseconds(totals.microseconds)
+        lines.append(f"the copies move {moved} in {spent} (modelled; {report.bandwidth})")
     if totals.preparable:
         lines.append(
-            f"{_bytes(totals.preparable)} of that are parameters, copied on every call: "
+            f"{in_bytes(totals.preparable)} of that are parameters, copied on every call: "
             "contig_pass.prepare(model, ...) copies them once"
         )
     checks = f", {totals.checks} looked at when the graph runs" if totals.checks else ""
@@ -129,25 +106,14 @@ _Cells = Callable[[Sequence[Row]], tuple[str, ...]]
 def _table(
     title: str, rows: Iterable[Row], cells: _Cells, columns: Sequence[tuple[str, int]], width: int
 ) -> str:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_kind(row), []).append(row)
     spare = width - WIDTH
     widths = [size + (spare if i == len(columns) - 2 else 0) for i, (_, size) in enumerate(columns)]
     body = [
         [_fold(cell, size) for cell, size in zip(cells(group), widths, strict=True)]
-        for group in groups.values()
+        for group in rolled_up(rows, kind_of_row)
     ]
     table = tabulate(body, [name for name, _ in columns], tablefmt="simple")
     return f"{title}\n{table}"
-
-
-def _kind(row: Row) -> tuple[Any, ...]:
-    """Rows that read alike but for layer numbers and node names are one row of the table."""
-    return (
-        repeated(row.module), row.op, row.operand, row.reason, row.dtype, row.shape, row.before,
-        row.after, row.order, row.fused, row.file, row.lineno,
-    )
 
 
 def _fold(text: str, width: int) -> str:
@@ -160,9 +126,9 @@ def _fold(text: str, width: int) -> str:
 def _fix_cells(rows: Sequence[Row]) -> tuple[str, ...]:
     row = rows[0]
     moved = sum(r.nbytes or 0 for r in rows)
-    cost = "symbolic" if row.nbytes is None else _bytes(moved)
+    cost = "symbolic" if row.nbytes is None else in_bytes(moved)
     if row.nbytes is not None:
-        cost += f"\n{_us(sum(r.microseconds or 0.0 for r in rows))}"
+        cost += f"\n{in_microseconds(sum(r.microseconds or 0.0 for r in rows))}"
     if row.fused:
         cost += "\nfused"
     after = row.after or row.before
@@ -202,16 +168,3 @@ def _place(place: Place) -> str:
 
 def _numbers(values: Iterable[int | str]) -> str:
     return ", ".join(map(str, values))
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
-def _us(microseconds: float) -> str:
-    return f"{microseconds:.1f} us" if microseconds >= 0.1 or not microseconds else "<0.1 us"

@@ -7,11 +7,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch._logging import trace_structured
 
 from contig_pass.errors import ReportError
+from contig_pass.report.html import to_html
 from contig_pass.report.json import to_file, to_json
 from contig_pass.report.model import Report
 from contig_pass.report.text import render_diff, to_text
@@ -28,10 +30,10 @@ def check_sink(sink: Sink) -> None:
     if sink is None or callable(sink):
         return
     if not isinstance(sink, str):
-        raise ReportError(f"report={sink!r}: use a path (.txt or .json) or a callable")
+        raise ReportError(f"report={sink!r}: use a path ({_suffixes()}) or a callable")
     path = Path(sink)
     if path.suffix not in _RENDERERS:
-        raise ReportError(f"report={sink!r}: use a path that ends in {' or '.join(_RENDERERS)}")
+        raise ReportError(f"report={sink!r}: use a path that ends in {_suffixes()}")
     if not path.parent.is_dir():
         raise ReportError(f"report={sink!r}: the folder {str(path.parent)!r} does not exist")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -68,7 +70,7 @@ def trace_artifact(report: Report) -> None:
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "contig_pass_report", "encoding": "json"},
-        payload_fn=lambda: json.dumps(to_json(report)),
+        payload_fn=lambda: json.dumps(to_json(replace(report, listings=()))),
     )
     trace_structured(
         "artifact",
@@ -82,7 +84,17 @@ def _text(reports: Sequence[Report]) -> str:
 
 
 def _json(reports: Sequence[Report]) -> str:
-    return json.dumps(to_file(reports), indent=1) + "\n"
+    # Without the whole graphs: they are for looking at, and a file to compare with is kept small.
+    return json.dumps(to_file(replace(r, listings=()) for r in reports), indent=1) + "\n"
 
 
-_RENDERERS: dict[str, Callable[[Sequence[Report]], str]] = {".txt": _text, ".json": _json}
+_RENDERERS: dict[str, Callable[[Sequence[Report]], str]] = {
+    ".txt": _text,
+    ".json": _json,
+    ".html": to_html,
+}
+
+
+def _suffixes() -> str:
+    *others, last = _RENDERERS
+    return f"{', '.join(others)} or {last}"
