@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from contig_pass.differ import command as diff
 from contig_pass.errors import ContigPassError
 
 
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo", help="a quantised Wan block with planted layout faults, before and after"
     )
     demo.set_defaults(run=_demo)
+    diff.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
