@@ -128,8 +128,8 @@ class _Running(nn.Module):
 
 
 def mutated_buffer() -> Workload:
-    """A buffer that every call adds to."""
-    model, x = _Running(), torch.randn(8, 32)
+    """A buffer that every call adds to; small integers, as in :func:`training`."""
+    model, x = _Running(), torch.randint(-2, 3, (8, 32)).float()
 
     def calls(compiled: Call) -> list[torch.Tensor]:
         model.total.zero_()

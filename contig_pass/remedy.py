@@ -42,6 +42,10 @@ def remedy_of(
     repaired = [r for r in open_rules if r.by_copy and r.check(after) is not False]
     spoiled = [r for r in rules if r not in open_rules and r.check(after) is False]
     if spoiled:
+        # Rows that lie far enough apart as they are may be too short to lie end to end.
+        kept = _copy_layout(layout, layout.strides)
+        if all(rule.check(kept) for rule in rules):
+            return Remedy(STRIDES, kept, True, None)
         return Remedy(name, after, False, _beyond_copies(spoiled, after, "would break"))
     hopeless = [r for r in open_rules if r not in repaired]
     obstacle = _beyond_copies(hopeless, after, "would still break") if hopeless else None

@@ -37,6 +37,20 @@ torch.library.register_fake("route_tests::fill", lambda x, out: None, lib=_LIBRA
 _LIBRARY.define("turned(Tensor x) -> Tensor")
 _LIBRARY.impl("turned", lambda x: x.t().contiguous().t(), "CompositeExplicitAutograd")
 torch.library.register_fake("route_tests::turned", lambda x: x.new_empty(x.shape), lib=_LIBRARY)
+_PITCHED: list[tuple[int, tuple[int, ...]]] = []
+
+
+def _pitched(x: torch.Tensor) -> torch.Tensor:
+    _PITCHED.append((x.data_ptr() % 16, x.stride()))
+    return x.float()
+
+
+_LIBRARY.define("pitched(Tensor x) -> Tensor")
+_LIBRARY.impl("pitched", _pitched, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "route_tests::pitched", lambda x: torch.empty_like(x, dtype=torch.float32), lib=_LIBRARY
+)
+pitched = torch.ops.route_tests.pitched
 fill, shifted = torch.ops.route_tests.fill, torch.ops.route_tests.shifted
 
 
@@ -346,3 +360,44 @@ def test_inputs_that_share_memory_and_lie_elsewhere_at_a_later_call(dynamic: boo
         assert torch.equal(flat, same)
         assert kernels.received
         assert kernels.bad() == []
+
+
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", strict=True,
+    reason="Inductor of torch 2.11 reads a clone of an input after the input is written to",
+)
+def test_a_clone_of_an_input_that_is_written_to_later_keeps_its_values() -> None:
+    """Found by the random programs: plain Inductor of torch 2.11 is wrong without ``block``'s."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cloned = x.clone()
+        x[6:].add_(1)
+        parts = cloned.unsqueeze(0)
+        return kernels.block(cloned), kernels.columns(parts[:, :, 3:6, ::3])
+
+    run(function, torch.randint(0, 3, (9, 10, 8), dtype=torch.int8))
+
+
+def test_rows_too_short_to_lie_end_to_end_are_copied_with_their_pitch() -> None:
+    """84 channels of bf16 at byte 88: dense rows would be 168 bytes apart, no multiple of 16."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return pitched(x[..., 44:])
+
+    rules = [
+        contig_pass.UnitStrideLast(), contig_pass.AlignedPointer(16), contig_pass.AlignedPitch(16),
+    ]
+    contig_pass.register_contract("route_tests::pitched", "x", rules)
+    x = torch.randn(2, 12, 128).bfloat16()
+    expected = function(x)
+    _PITCHED.clear()
+    for policy in ("dense", "contract", "strict"):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            function, backend=contig_pass.contig_safe, options={"policy": policy}
+        )
+        assert torch.equal(compiled(x), expected)
+        assert _PITCHED.pop() == (0, (12 * 128, 128, 1))
+        report = contig_pass.last_reports()[-1]
+        assert [row.order for row in report.fixes] == ["strides"]
+        assert report.skips == ()
