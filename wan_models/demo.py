@@ -29,7 +29,10 @@ FAULTS = {
     "self_attn.v": ("weight rows padded by 3 bytes", {"row_padding": 3}),
     "self_attn.o": ("weight in a flat buffer, 8 bytes off", {"weight_offset": 8}),
 }
-RESIDUAL = "residual stream column-major, as patchify's flatten(2).transpose(1, 2) leaves it"
+RESIDUAL = (
+    "residual stream column-major, as patchify's flatten(2).transpose(1, 2) leaves it; no fault\n"
+    "    here, since the block's norms write rows before any linear reads them"
+)
 
 
 class Run(NamedTuple):

@@ -29,7 +29,7 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from benchmarks.coverage.cases import Entry, catalogue
-from benchmarks.coverage.measure import TOLERANCE, Row, measure
+from benchmarks.coverage.measure import AOT_EAGER, INDUCTOR, TOLERANCE, Row, measure
 from benchmarks.coverage.plan import full_rows, quick_rows
 from benchmarks.coverage.table import table
 from benchmarks.machine import write_json
@@ -49,6 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register the subcommand."""
     parser = subparsers.add_parser("coverage", help="every class, variant and quantisation")
     parser.add_argument("--quick", action="store_true", help="fewer recipes, mostly no Inductor")
+    parser.add_argument(
+        "--inner", choices=(INDUCTOR, AOT_EAGER), help="what compiles every row behind the pass"
+    )
     parser.add_argument("--only", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one row")
@@ -58,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if a row fails."""
-    groups = list(chosen(catalogue(), quick=args.quick, only=args.only))
+    groups = list(chosen(catalogue(), quick=args.quick, inner=args.inner, only=args.only))
     if not groups:
         print(f"coverage: no row's name contains {args.only!r}")
         return 1
@@ -76,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chosen(
-    entries: Sequence[Entry], *, quick: bool, only: str | None
+    entries: Sequence[Entry], *, quick: bool, inner: str | None, only: str | None
 ) -> Iterator[tuple[Entry, list[Row]]]:
-    """The entries of a run, each with its rows."""
+    """The entries of a run, each with its rows; ``inner`` stands for what would compile them."""
     for entry in entries:
         rows = (quick_rows if quick else full_rows)(entry)
+        rows = [replace(row, inner=inner or row.inner) for row in rows]
         rows = [row for row in rows if only is None or only in row.name]
         if rows:
             yield entry, rows
