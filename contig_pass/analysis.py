@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -22,8 +22,9 @@ from contig_pass.callsite import (
 )
 from contig_pass.contracts.calls import SUBGRAPH, SUBGRAPH_RESULT, TRITON_KERNEL
 from contig_pass.contracts.judging import judge
-from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry
+from contig_pass.contracts.registry import REGISTRY, Call, Contract, Registry, op_name
 from contig_pass.contracts.rules import Dense, Rule
+from contig_pass.contracts.scaled_mm import with_common_k
 from contig_pass.contracts.target import Target, target_of
 from contig_pass.facts import Fact, fact_of
 from contig_pass.inputs import reaching_operands
@@ -142,10 +143,12 @@ def _judge_op(
     if not found:
         return
     facts = {name: fact_of(operand, aligned_inputs) for name, operand in found.items()}
+    layouts = with_common_k(op_name(op), {name: fact.layout for name, fact in facts.items()})
+    facts = {name: replace(fact, layout=layouts[name]) for name, fact in facts.items()}
     device = next(iter(facts.values())).layout.device
     call = Call(
         op,
-        {name: fact.layout for name, fact in facts.items()},
+        layouts,
         arguments(node, op),
         target or target_of(device),
     )

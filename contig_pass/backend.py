@@ -10,6 +10,7 @@ from torch import fx
 from contig_pass.inductor import capture, relaxed
 from contig_pass.inductor.tracing import backend_call, repairs_layouts
 from contig_pass.options import AOT_EAGER, parse_options
+from contig_pass.redundant.told import with_calls
 from contig_pass.report.log import deliver_to
 
 # Here, because Dynamo traces before it calls the backend.
@@ -33,7 +34,7 @@ def contig_safe(
         module: the graph that Dynamo captured.
         example_inputs: its inputs.
         mode: any mode of ``torch.compile``.
-        options: ``policy``, ``report``, ``inner``, ``target`` (see
+        options: ``policy``, ``report``, ``inner``, ``target``, ``remove_redundant`` (see
             :class:`contig_pass.options.Options`), and any option of ``torch._inductor.config``.
 
     Raises:
@@ -42,7 +43,7 @@ def contig_safe(
         LayoutViolation: policy ``strict``, and a use can be neither proved legal nor repaired.
     """
     parsed = parse_options(mode, options)
-    deliver = deliver_to(parsed.report)
+    deliver = with_calls(module, deliver_to(parsed.report), parsed.target)
     with backend_call():
         if parsed.inner == AOT_EAGER:
             from contig_pass.aot_eager import compile_with_aot_eager

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from contig_pass.differ import command as diff
+from contig_pass.doctor import command as doctor
 from contig_pass.errors import ContigPassError
 
 
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
     diff.add_parser(subparsers)
+    doctor.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

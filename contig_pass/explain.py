@@ -13,6 +13,7 @@ from contig_pass.aot_eager import compile_with_aot_eager
 from contig_pass.errors import ContigPassError
 from contig_pass.options import parse_options
 from contig_pass.plan import CONTRACT, DENSE
+from contig_pass.redundant.told import with_calls
 from contig_pass.report.model import Report, merge
 
 
@@ -53,7 +54,8 @@ def explain(
     @repairs_layouts
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with backend_call():
-            plan_graphs(module, inputs, options, reports.append)
+            deliver = with_calls(module, reports.append, options.target)
+            plan_graphs(module, inputs, options, deliver)
             return compile_with_aot_eager(module, inputs, repaired, lambda report: None)
 
     # A wrapper of its own keeps this trace out of the model's compiled code.

@@ -10,12 +10,12 @@ from typing import Any
 
 from contig_pass.contracts.target import AUTO, Target, parse_target
 from contig_pass.errors import OptionError
-from contig_pass.plan import DENSE, POLICIES
+from contig_pass.plan import AUDIT, DENSE, POLICIES
 
 INDUCTOR = "inductor"
 AOT_EAGER = "aot_eager"
 INNERS = (INDUCTOR, AOT_EAGER)
-_OWN = ("policy", "report", "inner", "target")
+_OWN = ("policy", "report", "inner", "target", "remove_redundant")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Options:
         target: judge by this device's contracts; ``None``: by each tensor's own device.
         inductor: Inductor configuration to compile with.
         listing: reports list the whole graph, as ``.html`` shows it.
+        remove_redundant: take out the program's own copies that are proved to be without effect.
     """
 
     policy: str = DENSE
@@ -38,12 +39,14 @@ class Options:
     target: Target | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     listing: bool = False
+    remove_redundant: bool = False
 
     def decisive(self) -> str:
         """The options that change a graph or what is kept with it, as text for cache keys."""
         target = AUTO if self.target is None else self.target.name
         listing = " listing" if self.listing else ""
-        return f"policy={self.policy} target={target}{listing}"
+        removing = " remove_redundant" if self.remove_redundant else ""
+        return f"policy={self.policy} target={target}{listing}{removing}"
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
@@ -63,6 +66,14 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     if isinstance(report, os.PathLike):
         report = os.fspath(report)
     target = parse_target(given.pop("target", AUTO))
+    removing = given.pop("remove_redundant", False)
+    if not isinstance(removing, bool):
+        raise OptionError(f"remove_redundant={removing!r}: use True or False")
+    if removing and policy == AUDIT:
+        raise OptionError(
+            "remove_redundant=True with policy='audit', which changes nothing: leave one of them "
+            "out; the report says in any case which copies are redundant"
+        )
     inductor = _mode_options(mode)
     for name, value in given.items():
         inductor[_inductor_option(name)] = value
@@ -71,7 +82,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
             f"inner='aot_eager' compiles nothing, so it takes no mode and no Inductor option: "
             f"remove {', '.join(sorted(inductor))}"
         )
-    return Options(policy, report, inner, target, inductor, shows_graphs(report))
+    return Options(policy, report, inner, target, inductor, shows_graphs(report), removing)
 
 
 def shows_graphs(report: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 from contig_pass.analysis import analyse
 from contig_pass.options import Options
 from contig_pass.plan import AUDIT, DENSE, make_plan
+from contig_pass.redundant.passing import Finder
 from contig_pass.report.diff import hunks_of, lines_of
 from contig_pass.report.listing import list_graph, states_of
 from contig_pass.report.model import Report, make_report
@@ -32,7 +33,7 @@ def repair(
 
     Args:
         graph: an ATen graph whose nodes carry fake tensors.
-        options: policy and target.
+        options: policy and target, and whether the user's copies without effect are taken out.
         aligned_inputs: names of the placeholders that are realigned at run time.
         name: the graph's name in the report.
         pinning: hold the compiler to layouts that are right already; pointless where the graph
@@ -46,15 +47,20 @@ def repair(
     """
     started = time.perf_counter()
     density = options.policy in (DENSE, AUDIT)
+    states = states_of(graph) if options.listing else ()
+    finder = Finder(aligned_inputs, options.target)
+    removed = finder.remove(graph) if options.remove_redundant and only is None else []
     analysis = analyse(
         graph, aligned_inputs=aligned_inputs, density=density, target=options.target, only=only,
         called=called,
     )
+    judged = finder.judge(graph, analysis.uses) if only is None else []
     plan = make_plan(analysis, options.policy, pinning=pinning)
     before = lines_of(plan)
-    states = states_of(graph) if options.listing else ()
     copies = apply_plan(graph, plan)
     hunks = hunks_of(plan, copies, before)
     listings = (list_graph(name, graph, states, aligned_inputs),) if options.listing else ()
     seconds = time.perf_counter() - started
-    return make_report(name, analysis, plan, copies, hunks, seconds, parameters, listings)
+    return make_report(
+        name, analysis, plan, copies, hunks, seconds, parameters, listings, [*removed, *judged]
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_ROOTS = re.compile(r"^(L\[['\"]\w+['\"]\]|L__\w+?__+|self)\.?")
+_ROOTS = re.compile(r"^([GL]\[['\"]\w+['\"]\]|[GL]__\w+?__+|self)\.?")
 _SUBMODULE = re.compile(r"(?:\._modules)?\[['\"]([^'\"\]]+)['\"]\]")
 
 

@@ -79,15 +79,20 @@ class Dense(Rule):
     """The elements fill one block of memory, in any order of dimensions.
 
     Args:
-        in_order: ``"row"`` or ``"column"`` to ask for that order of the last two dimensions too.
+        in_order: ``"row"`` or ``"column"`` to ask for that order of the last two dimensions too, or
+            all dimensions from outermost to innermost, such as ``"0,2,1,3"``.
     """
 
     in_order: str | None = None
 
     def __post_init__(self) -> None:
-        if self.in_order not in (None, ROW, COLUMN):
+        if self.in_order in (None, ROW, COLUMN):
+            return
+        listed = self.in_order.split(",")
+        if sorted(listed) != [str(d) for d in range(len(listed))]:
             raise ContractError(
-                f"Dense(in_order={self.in_order!r}): use None, {ROW!r} or {COLUMN!r}"
+                f"Dense(in_order={self.in_order!r}): use None, {ROW!r}, {COLUMN!r}, or the "
+                "dimensions from outermost to innermost, such as '0,2,1,3'"
             )
 
     @property

@@ -7,7 +7,8 @@ in the second (``_scaled_mm_v2``, ``_scaled_grouped_mm_v2``). Shapes: a (M, K), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +23,8 @@ from contig_pass.contracts.rules import (
     Rule,
     UnitStrideLast,
 )
-from contig_pass.layout import IntLike, Layout, known
+from contig_pass.inductor.symbols import substituted
+from contig_pass.layout import IntLike, Known, Layout, known
 
 H100 = "measured on an H100, torch 2.11.0+cu130, cuBLASLt"
 META = "torch._meta_registrations._check_scaled_mm_sizes and ScaledBlas.cpp"
@@ -117,6 +119,37 @@ def _transposed(scale: Layout) -> Layout:
     )
 
 
+def with_common_k(op: str, layouts: Mapping[str, Layout]) -> Mapping[str, Layout]:
+    """``layouts`` with K as an int on both sides where it is one on either.
+
+    torch does not compare the K of a with the K of b while it traces, so that under dynamic shapes
+    one may stay symbolic beside a weight's. No product of another K can run.
+
+    Args:
+        op: ``namespace::name.overload``; ops of other families are left as they are.
+        layouts: by operand name.
+    """
+    a, b = layouts.get("self"), layouts.get("mat2")
+    if not op.startswith(("aten::_scaled_mm.", "aten::_scaled_mm_v2.")) or a is None or b is None:
+        return layouts
+    k_a, k_b = a.shape[-1], b.shape[-2]
+    if isinstance(k_a, int) == isinstance(k_b, int):
+        return layouts
+    name, open_, number = ("mat2", k_b, k_a) if isinstance(k_a, int) else ("self", k_a, k_b)
+    return {**layouts, name: _settled(layouts[name], open_, int(number))}
+
+
+def _settled(layout: Layout, symbolic: IntLike, number: int) -> Layout:
+    def known_values(values: tuple[IntLike, ...]) -> tuple[IntLike, ...]:
+        return tuple(substituted(value, symbolic, number) for value in values)
+
+    offset = substituted(layout.byte_offset, symbolic, number)
+    return replace(
+        layout, shape=known_values(layout.shape), strides=known_values(layout.strides),
+        byte_offset=offset,
+    )
+
+
 def _scaled(side: str, *recipes: str) -> When:
     """CUDA, and operand ``side`` scaled by one of ``recipes``."""
     words = f"CUDA, {side} scaled {' or '.join(recipes)}"
@@ -137,7 +170,8 @@ def _matrices(op: str, meta: str) -> Iterator[Contract]:
     a_order, b_order = RowMajor(size_one_counts=True), ColumnMajor(size_one_counts=True)
     # Pitches of K+4 to K+12 bytes are refused with row-wise scales. With tensor-wise ones cuBLASLt
     # accepts them for some shapes and refuses them for others, so only 16 is safe. Rows that
-    # overlap (pitch below K) give wrong values without an error.
+    # overlap (pitch below K) gave wrong values without an error in one probe; with a pitch of K-16
+    # eager mode copies them and is right.
     memory = (AlignedPointer(16), AlignedPitch(16))
     a_rules = (a_order, *memory, Multiple(16, -1))
     b_rules = (b_order, *memory, Multiple(16, -2), Multiple(16, -1))
@@ -160,11 +194,11 @@ def _scales(op: str, meta: str) -> Iterator[Contract]:
     in_order = Dense("row")
     for side in "ab":
         # One row of 128x128 blocks is read as K/128 scales padded to a multiple of 4: a tighter
-        # pitch gives wrong values without an error.
+        # pitch gives wrong values without an error, a wider one is refused.
         by_recipe = (
             ((TENSOR_WISE, ROW_WISE), (in_order,), H100),
             ((BLOCK_1X128,), (outer_major[side],), f"{meta}; {H100}"),
-            ((BLOCK_128X128,), (_k_major(op, side), AlignedPitch(16)), f"{meta}; {H100}"),
+            ((BLOCK_128X128,), (_k_major(op, side), _PaddedBlocks()), f"{meta}; {H100}"),
             ((MX, NV), (in_order,), meta),
         )
         for recipes, rules, source in by_recipe:
@@ -178,6 +212,22 @@ def _k_major(op: str, side: str) -> Rule:
     if op.startswith("aten::_scaled_mm_v2"):
         return ColumnMajor()  # (K blocks, row blocks) on either side
     return RowMajor() if side == "a" else ColumnMajor()
+
+
+@dataclass(frozen=True)
+class _PaddedBlocks(Rule):
+    """Scales of 128x128 blocks: a row of K blocks is as long as the next multiple of 4."""
+
+    def check(self, layout: Layout) -> Known:
+        inner = 0 if known(layout.strides[0] == 1) else 1
+        rows = layout.shape[1 - inner]
+        if known(rows == 1):
+            return True
+        padded = (layout.shape[inner] + 3) // 4 * 4
+        return known(layout.strides[1 - inner] == padded)
+
+    def describe(self) -> str:
+        return "rows of blocks padded to the next multiple of 4"
 
 
 # -- grouped and int8 ----------------------------------------------------------------------------

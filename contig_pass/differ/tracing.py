@@ -19,6 +19,7 @@ from contig_pass.inductor.rehearsal import rehearsing
 from contig_pass.inductor.trace import plan_graphs
 from contig_pass.inductor.tracing import backend_call, repairs_layouts
 from contig_pass.options import parse_options
+from contig_pass.redundant.told import with_calls
 from contig_pass.report.model import Report, merge
 
 
@@ -51,7 +52,8 @@ def trace(
     @repairs_layouts
     def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with backend_call():
-            plan_graphs(module, inputs, options, reports.append)
+            deliver = with_calls(module, reports.append, options.target)
+            plan_graphs(module, inputs, options, deliver)
         # What follows a graph break goes on with these.
         return lambda *args: faking.outputs_of(module)
 

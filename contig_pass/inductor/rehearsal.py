@@ -68,7 +68,7 @@ def _wrap_attention() -> None:
                 query, key, value, attn_mask, dropout_p, is_causal,
                 scale=scale, enable_gqa=enable_gqa,
             )
-        query, key, value = map(relaxed._with_unit_stride, (query, key, value))
+        query, key, value = map(relaxed.with_unit_stride, (query, key, value))
         chosen = choose(target, query, key, value, attn_mask, enable_gqa)
         if chosen == MATH:
             return torch.ops.aten._scaled_dot_product_attention_math.default(

@@ -154,7 +154,7 @@ def _relax_attention() -> None:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if in_contig_safe():
-            query, key, value = map(_with_unit_stride, (query, key, value))
+            query, key, value = map(with_unit_stride, (query, key, value))
         return op._op_dk(composite, query, key, value, *args, **kwargs)
 
 
@@ -163,7 +163,8 @@ def _unit(tensor: torch.Tensor) -> bool:
     return known(tensor.stride(-1) == 1) is not False or known(tensor.shape[-1] <= 1) is True
 
 
-def _with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy of it, with a last dimension of unit stride; it stays in the graph."""
     if tensor.dim() == 0 or _unit(tensor):
         return tensor
     layout = Layout(

@@ -97,13 +97,26 @@ def positions() -> frozenset[int]:
 
 def parameter_names(module: fx.GraphModule) -> tuple[str, ...]:
     """Names in the user's model of the inputs of a graph that Dynamo traced, in their order."""
-    names = []
+    return tuple(map(parameter_name, _sources(module)))
+
+
+def parameter_positions(module: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the inputs of a graph that Dynamo traced that are parameters or buffers.
+
+    By where Dynamo found them: a copy of the graph has lost what AOTAutograd goes by.
+    """
+    return tuple(
+        position
+        for position, source in enumerate(_sources(module))
+        if "._parameters[" in source or "._buffers[" in source
+    )
+
+
+def _sources(module: fx.GraphModule) -> Iterator[str]:
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            source = getattr(node.meta.get("grapharg"), "source", None)
-            name = getattr(source, "name", "")
-            names.append(parameter_name(name() if callable(name) else name))
-    return tuple(names)
+            name = getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "")
+            yield name() if callable(name) else name
 
 
 @contextlib.contextmanager

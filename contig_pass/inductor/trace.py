@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import fx
 
 from contig_pass.inductor.graph_pass import HOOK, LayoutPass
-from contig_pass.inductor.scope import compiling
+from contig_pass.inductor.scope import compiling, parameter_names, parameter_positions
 from contig_pass.options import Options
 from contig_pass.report.model import Report
 
@@ -29,9 +29,11 @@ def plan_graphs(
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
 
+    names, positions = parameter_names(module), parameter_positions(module)
+
     def inner_compile(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         del inputs
-        with compiling(graph):
+        with compiling(graph, names, {**kwargs, "static_input_idxs": positions}):
             _recursive_post_grad_passes(graph, is_inference=kwargs.get("is_inference", False))
         return make_boxed_func(_never_run)
 

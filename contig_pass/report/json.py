@@ -1,6 +1,6 @@
-"""A report as JSON, version 3.
+"""A report as JSON, version 4.
 
-A file is an object ``{"schema": "contig_pass.report", "version": 3, "reports": [report, ...]}``.
+A file is an object ``{"schema": "contig_pass.report", "version": 4, "reports": [report, ...]}``.
 A report has the fields of :class:`~contig_pass.report.model.Report`:
 
 =============  ===================================================================================
@@ -18,6 +18,7 @@ seconds        number: time that the pass took; 0 in files of ``contig-pass diff
                programs give equal files
 cached         boolean: the graph came out of a compile cache
 listings       objects {graph, parts}, a part like a hunk; empty in files that ``write_file`` made
+copies         objects, see below; version 3 had none, and is read as well
 =============  ===================================================================================
 
 A row has kind ("fix" or "skip"), reason, rules (strings), source, op, operand, node, dtype, shape,
@@ -26,6 +27,10 @@ module, file, lineno, code.
 ``before`` and ``after`` are objects {strides, offset, alignment} (offset in bytes); ``after``,
 ``order``, ``copy``, ``nbytes`` and ``microseconds`` are null where they do not apply. A symbolic
 size, stride or offset is a string.
+
+A copy, one that the user's program asks for, has verdict ("no-op", "compiled away", "redundant",
+"removed", "unneeded" or "needed"), call, proof, node, dtype, shape, device, before, after, nbytes,
+microseconds, module, file, lineno, code.
 """
 
 from __future__ import annotations
@@ -35,17 +40,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from contig_pass.errors import ReportError
+from contig_pass.report.copies import Copy
 from contig_pass.report.model import (
     SCHEMA_VERSION,
     Hunk,
     Listing,
-    Place,
     Report,
     Row,
     Totals,
 )
+from contig_pass.report.place import Place
 
 SCHEMA = "contig_pass.report"
+_WITHOUT_COPIES = 3
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -70,12 +77,15 @@ def from_file(content: Any) -> list[Report]:
     """
     if not isinstance(content, Mapping) or content.get("schema") != SCHEMA:
         raise ReportError(f"not a report file: the top level must have schema {SCHEMA!r}")
-    if content.get("version") != SCHEMA_VERSION:
+    version, reports = content.get("version"), content.get("reports", [])
+    if version == _WITHOUT_COPIES:
+        reports = [{**report, "copies": []} for report in reports]
+    elif version != SCHEMA_VERSION:
         raise ReportError(
-            f"report file of version {content.get('version')!r}: this contig_pass reads version "
-            f"{SCHEMA_VERSION}"
+            f"report file of version {version!r}: this contig_pass reads versions "
+            f"{_WITHOUT_COPIES} and {SCHEMA_VERSION}"
         )
-    return [from_json(report) for report in content.get("reports", [])]
+    return [from_json(report) for report in reports]
 
 
 def from_json(data: Mapping[str, Any]) -> Report:
@@ -90,6 +100,7 @@ def from_json(data: Mapping[str, Any]) -> Report:
     fields["rows"] = tuple(_row(row) for row in fields["rows"])
     fields["hunks"] = tuple(_hunk(hunk) for hunk in fields["hunks"])
     fields["listings"] = tuple(_listing(listing) for listing in fields["listings"])
+    fields["copies"] = tuple(_copy(copy) for copy in fields["copies"])
     return Report(**fields)
 
 
@@ -100,6 +111,13 @@ def _row(data: Mapping[str, Any]) -> Row:
     fields["before"] = _place(fields["before"])
     fields["after"] = None if fields["after"] is None else _place(fields["after"])
     return Row(**fields)
+
+
+def _copy(data: Mapping[str, Any]) -> Copy:
+    fields = dict(_checked(Copy, data))
+    fields["shape"] = tuple(fields["shape"])
+    fields["before"], fields["after"] = _place(fields["before"]), _place(fields["after"])
+    return Copy(**fields)
 
 
 def _place(data: Mapping[str, Any]) -> Place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -10,39 +10,18 @@ from torch import fx
 
 from contig_pass.analysis import Analysis, Use
 from contig_pass.cost import bandwidth_of
-from contig_pass.layout import IntLike, Layout
 from contig_pass.plan import Fix, Plan, Skip
 from contig_pass.preparing.cases import rules_in_words
 from contig_pass.preparing.savings import preparable_bytes
 from contig_pass.provenance import origin_of
+from contig_pass.report.copies import Copy
+from contig_pass.report.place import Place, plain
 
 #: Version of the JSON form of a report.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 FIX = "fix"
 SKIP = "skip"
-
-
-@dataclass(frozen=True)
-class Place:
-    """One state of an operand's memory.
-
-    Attributes:
-        strides: in elements; symbolic ones as text.
-        offset: bytes from the start of its memory (for a graph input: from the input's first
-            element, which is realigned at run time); symbolic as text.
-        alignment: largest power of two up to 64 that the address is known to be a multiple of.
-    """
-
-    strides: tuple[int | str, ...]
-    offset: int | str
-    alignment: int
-
-    @classmethod
-    def of(cls, layout: Layout) -> Place:
-        """The place that ``layout`` describes."""
-        offset = _plain_int(layout.byte_offset)
-        return cls(_plain(layout.strides), offset, layout.known_alignment())
 
 
 @dataclass(frozen=True)
@@ -64,8 +43,8 @@ class Row:
         microseconds: modelled time for them; likewise.
         fused: the copy is written by its producer's kernel.
         write_back: the op writes to the copy, and what it wrote is put back.
-        parameter: dotted name of the parameter or buffer whose memory is copied on every call,
-            ``"?"`` if it has none that is known; ``None`` if no parameter is.
+        parameter: dotted name of the parameter or buffer whose memory the operand is, and a fix
+            copies on every call; ``"?"`` if its name is not known; ``None`` if it is none.
         once: the copy is made once, while compiling, and not on every call.
         module: dotted path of the module in the user's program.
         file, lineno, code: the user's source line.
@@ -172,6 +151,8 @@ class Report:
         cached: the graph came out of a compile cache; the report is that of the compile that put
             it there.
         listings: the whole graph, kept by ``explain`` and for a report that ends in ``.html``.
+        copies: what becomes of every copy that the user's program asks for, and of others that
+            are without effect.
     """
 
     graph: str
@@ -184,6 +165,7 @@ class Report:
     seconds: float = 0.0
     cached: bool = False
     listings: tuple[Listing, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
     @property
     def fixes(self) -> tuple[Row, ...]:
@@ -215,6 +197,7 @@ def make_report(
     seconds: float,
     parameters: Mapping[str, str] = MappingProxyType({}),
     listings: tuple[Listing, ...] = (),
+    user_copies: Sequence[Copy] = (),
 ) -> Report:
     """The report of one graph after its plan was carried out.
 
@@ -227,13 +210,16 @@ def make_report(
         seconds: time that the pass took.
         parameters: names of the parameters by the names of their placeholders.
         listings: the whole graph, where that is wanted.
+        user_copies: what becomes of the copies in the user's own program.
     """
     rows = [
         row
         for fix in plan.fixes
         for row in _fix_rows(fix, copies[fix].name, parameters.get(fix.uses[0].fact.root.name))
     ]
-    rows += [_skip_row(skip) for skip in plan.skips]
+    rows += [
+        _skip_row(skip, parameters.get(skip.use.fact.root.name)) for skip in plan.skips
+    ]
     targets = sorted({use.target.name: use.target for use in analysis.uses}.items())
     totals = Totals(
         nodes=analysis.nodes,
@@ -260,6 +246,7 @@ def make_report(
         hunks=hunks,
         seconds=seconds,
         listings=listings,
+        copies=tuple(user_copies),
     )
 
 
@@ -288,6 +275,7 @@ def merge(reports: list[Report]) -> Report:
         hunks=tuple(hunk for report in reports for hunk in report.hunks),
         seconds=sum(report.seconds for report in reports),
         listings=tuple(listing for report in reports for listing in report.listings),
+        copies=tuple(copy for report in reports for copy in report.copies),
     )
 
 
@@ -313,8 +301,8 @@ def _fix_rows(fix: Fix, copy: str, parameter: str | None) -> list[Row]:
     return rows
 
 
-def _skip_row(skip: Skip) -> Row:
-    return _row(SKIP, skip.use, reason=skip.reason)
+def _skip_row(skip: Skip, parameter: str | None) -> Row:
+    return _row(SKIP, skip.use, reason=skip.reason, parameter=parameter)
 
 
 def _row(
@@ -342,7 +330,7 @@ def _row(
         operand=use.operand.name,
         node=use.node.name,
         dtype=str(layout.dtype).removeprefix("torch."),
-        shape=_plain(layout.shape),
+        shape=plain(layout.shape),
         device=str(layout.device),
         before=Place.of(layout),
         after=after,
@@ -359,11 +347,3 @@ def _row(
         lineno=origin.lineno,
         code=origin.code,
     )
-
-
-def _plain(values: tuple[IntLike, ...]) -> tuple[int | str, ...]:
-    return tuple(_plain_int(value) for value in values)
-
-
-def _plain_int(value: IntLike) -> int | str:
-    return value if isinstance(value, int) else str(value)

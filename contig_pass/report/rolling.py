@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from contig_pass.provenance import repeated
+from contig_pass.report.copies import Copy
 from contig_pass.report.model import Hunk, Row
 
 T = TypeVar("T")
@@ -30,8 +31,23 @@ def kind_of_row(row: Row) -> Hashable:
     """Equal for rows that read alike but for layer numbers and node names."""
     return (
         row.kind, repeated(row.module), row.op, row.operand, row.reason, row.dtype, row.shape,
-        row.before, row.after, row.order, row.fused, row.file, row.lineno,
+        row.before, row.after, row.order, row.fused, repeated(row.parameter or ""), row.file,
+        row.lineno,
     )
+
+
+def kind_of_copy(copy: Copy) -> Hashable:
+    """Equal for copies made at one line for one reason, whichever modules run that line."""
+    return (
+        copy.verdict, copy.call, copy.dtype, copy.shape, copy.before, copy.after,
+        _COUNTERS.sub("", copy.proof), copy.file, copy.lineno,
+    )
+
+
+def modules_of(copies: Sequence[Copy]) -> str:
+    """The module that runs the line, layer numbers rolled up, or how many do."""
+    modules = dict.fromkeys(repeated(copy.module) or "top level" for copy in copies)
+    return next(iter(modules)) if len(modules) == 1 else f"{len(modules)} modules"
 
 
 def kind_of_hunk(hunk: Hunk) -> Hashable:

@@ -5,30 +5,30 @@ Rows of equal blocks are rolled up: ``blocks.*.attn.q x40`` with bytes and times
 
 from __future__ import annotations
 
-import os
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-
-from tabulate import tabulate
+from collections.abc import Iterable
 
 from contig_pass.provenance import repeated
-from contig_pass.report.model import Place, Report, Row
-from contig_pass.report.rolling import kind_of_hunk, kind_of_row, rolled_up
+from contig_pass.report.model import Report
+from contig_pass.report.rolling import kind_of_hunk, rolled_up
+from contig_pass.report.tables import WIDTH, copies_section, fixes_table, skips_table
 from contig_pass.report.units import in_bytes, in_microseconds
 
-WIDTH = 100
 _LEGEND = "memory is written (strides in elements) @byte offset, aligned to N bytes: aN"
 
 
 def to_text(report: Report, width: int = WIDTH) -> str:
-    """The whole report: headline, totals, fixes, skips, graph diff."""
+    """The whole report: headline, totals, fixes, skips, the program's own copies, graph diff."""
     sections = [_headline(report, width)]
-    if report.rows:
+    copies = copies_section(report.copies, width)
+    if report.rows or copies:
         sections.append(_LEGEND)
     if report.fixes:
-        sections.append(_table("fixes", report.fixes, _fix_cells, _FIX_COLUMNS, width))
+        sections.append(fixes_table(report.fixes, width))
     if report.skips:
-        sections.append(_table("left alone", report.skips, _skip_cells, _SKIP_COLUMNS, width))
+        sections.append(skips_table(report.skips, width))
+    if copies:
+        sections.append(copies)
     if report.hunks:
         sections.append(render_diff(report, width))
     return "\n\n".join(sections) + "\n"
@@ -85,86 +85,3 @@ def _headline(report: Report, width: int) -> str:
 
 def _wrapped(lines: Iterable[str], width: int) -> str:
     return "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines)
-
-
-# -- tables --------------------------------------------------------------------------------------
-
-_WHERE = 23
-#: Header and widest column text; with tabulate's two spaces between columns the sum is the width.
-_FIX_COLUMNS = (
-    ("where", _WHERE),
-    ("operand", 16),
-    ("what was wrong", 21),
-    ("before -> after", 24),
-    ("cost", 8),
-)
-_SKIP_COLUMNS = (("where", 28), ("operand", 18), ("layout", 19), ("why", 29))
-
-_Cells = Callable[[Sequence[Row]], tuple[str, ...]]
-
-
-def _table(
-    title: str, rows: Iterable[Row], cells: _Cells, columns: Sequence[tuple[str, int]], width: int
-) -> str:
-    spare = width - WIDTH
-    widths = [size + (spare if i == len(columns) - 2 else 0) for i, (_, size) in enumerate(columns)]
-    body = [
-        [_fold(cell, size) for cell, size in zip(cells(group), widths, strict=True)]
-        for group in rolled_up(rows, kind_of_row)
-    ]
-    table = tabulate(body, [name for name, _ in columns], tablefmt="simple")
-    return f"{title}\n{table}"
-
-
-def _fold(text: str, width: int) -> str:
-    """``text`` in lines of at most ``width`` characters; words longer than that are cut."""
-    return "\n".join(
-        part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]
-    )
-
-
-def _fix_cells(rows: Sequence[Row]) -> tuple[str, ...]:
-    row = rows[0]
-    moved = sum(r.nbytes or 0 for r in rows)
-    cost = "symbolic" if row.nbytes is None else in_bytes(moved)
-    if row.nbytes is not None:
-        cost += f"\n{in_microseconds(sum(r.microseconds or 0.0 for r in rows))}"
-    if row.fused:
-        cost += "\nfused"
-    after = row.after or row.before
-    memory = f"{_place(row.before)} ->\n{_place(after)}\n{row.order}, in {row.copy}"
-    return (_where(rows), _operand(row), row.reason.replace("; ", "\n"), memory, cost)
-
-
-def _skip_cells(rows: Sequence[Row]) -> tuple[str, ...]:
-    row = rows[0]
-    rules = "".join(f"\nnot kept: {rule}" for rule in row.rules)
-    return (_where(rows), _operand(row), _place(row.before), row.reason + rules)
-
-
-def _where(rows: Sequence[Row]) -> str:
-    row = rows[0]
-    module = repeated(row.module) or "top level"
-    count = f" x{len(rows)}" if len(rows) > 1 else ""
-    source = _short_line(row.file, row.lineno) if row.file else "no source line"
-    return f"{module}{count}\n{source}\n{row.code}"
-
-
-def _short_line(path: str, lineno: int) -> str:
-    """The file's folder, name and line, without the folder where that would not fit a column."""
-    folder, name = path.split(os.sep)[-2:] if os.sep in path else ("", path)
-    line = f"{name}:{lineno}"
-    return f"{folder}/{line}" if folder and len(folder) + len(line) < _WHERE else line
-
-
-def _operand(row: Row) -> str:
-    op = row.op.removesuffix(".default")
-    return f"{op}\n{row.operand}\n{row.dtype}[{_numbers(row.shape)}]"
-
-
-def _place(place: Place) -> str:
-    return f"({_numbers(place.strides)}) @{place.offset} a{place.alignment}"
-
-
-def _numbers(values: Iterable[int | str]) -> str:
-    return ", ".join(map(str, values))

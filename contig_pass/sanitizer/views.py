@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from contig_pass.inductor.storages import identity_of
 from contig_pass.layout import ABSOLUTE, Layout
 from contig_pass.sanitizer.lines import Spot
 
@@ -56,11 +57,11 @@ class Views:
         """Take down that ``op`` made ``made`` (a tensor or several) of ``source`` at ``spot``."""
         try:
             storage = source.untyped_storage()
-            identity, before = storage._cdata, _shown(source)
+            identity, before = identity_of(storage), _shown(source)
             shown = [
                 _shown(tensor)
                 for tensor in (made if isinstance(made, (list, tuple)) else (made,))
-                if tensor.untyped_storage()._cdata == identity  # a view op may have copied
+                if identity_of(tensor.untyped_storage()) == identity  # a view op may have copied
             ]
         except (AttributeError, RuntimeError, NotImplementedError):
             return  # sparse, nested or wrapped: it has no strides or no storage
@@ -86,11 +87,13 @@ class Views:
                 held = self._of_storage
                 self._of_storage = {k: v for k, v in held.items() if not v[0].expired()}
                 self._sweep_at = max(_SWEEP, 2 * len(self._of_storage))
-            return self._of_storage.setdefault(storage._cdata, (StorageWeakRef(storage), {}))
+            return self._of_storage.setdefault(
+                identity_of(storage), (StorageWeakRef(storage), {})
+            )
 
     def chain(self, tensor: torch.Tensor) -> Iterator[View]:
         """How ``tensor`` was made, view op by view op, the last one first."""
-        known = self._of_storage.get(tensor.untyped_storage()._cdata)
+        known = self._of_storage.get(identity_of(tensor.untyped_storage()))
         view = None if known is None else known[1].get(_shown(tensor))
         while view is not None:
             yield view

@@ -176,3 +176,67 @@ def test_attention_wants_16_bytes_everywhere(name: str) -> None:
             assert not all(rule.check(Layout.of(wrong)) for rule in contract.rules)
         assert all(rule.check(Layout.of(at(0, (2, 3, 64, 64), BF16, 16))) for rule in
                    contract.rules)
+
+
+def _padded_blocks(pitch: int, blocks: int, rows: int = 3) -> torch.Tensor:
+    return torch.zeros(rows, pitch)[:, :blocks]
+
+
+@pytest.mark.parametrize(("pitch", "blocks", "right"), [
+    (4, 4, True), (8, 4, False), (8, 5, True), (5, 5, False), (12, 5, False),
+])
+def test_rows_of_128x128_scales_are_padded_to_four(pitch: int, blocks: int, right: bool) -> None:
+    k = blocks * 128
+    a, w = torch.zeros(M, k).to(F8), torch.zeros(N, k).to(F8)
+    rows = torch.zeros(blocks, M).t()
+
+    def function(a: torch.Tensor, w: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor):
+        return torch.ops.aten._scaled_mm(a, w.t(), sa, sb.t(), None, None, BF16)
+
+    found = broken(function, a, w, rows, _padded_blocks(pitch, blocks))
+    assert found == (set() if right else {"scale_b"})
+
+
+def _heads(tokens_first: bool, pad: int = 0) -> torch.Tensor:
+    """(B, H, L, D) bf16 with the memory of (B, L, H, D), or its own."""
+    shape = (2, 64, 3, 64) if tokens_first else (2, 3, 64, 64)
+    value = at(0, shape, BF16, pad)
+    return value.transpose(1, 2) if tokens_first else value
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_cudnn_backward_takes_the_output_as_the_forward_returned_it(tokens_first: bool) -> None:
+    """Its graph is kept by the strides of q, k and v alone."""
+
+    def broken_by(grad_out: torch.Tensor, out: torch.Tensor) -> set[str]:
+        q, k, v = (_heads(tokens_first) for _ in "qkv")
+        sums = torch.zeros(2, 3, 64, 1, device="meta")
+        seed = torch.zeros((), dtype=torch.int64, device="meta")
+
+        def function(grad_out: torch.Tensor, q: torch.Tensor, k, v, out, sums, seed):
+            return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                grad_out, q, k, v, out, sums, seed, seed, None, None, None, 64, 64, 0.0, False
+            )
+
+        return broken(function, grad_out, q, k, v, out, sums, seed)
+
+    usual, other = _heads(tokens_first), _heads(not tokens_first)
+    assert broken_by(usual, usual) == set()
+    assert broken_by(other, usual) == {"grad_out"}
+    assert broken_by(usual, other) == {"out"}
+    assert broken_by(_heads(tokens_first, 16), _heads(tokens_first, 16)) == {"grad_out", "out"}
+
+
+def test_efficient_backward_takes_the_output_with_tokens_first() -> None:
+    op = "aten::_scaled_dot_product_efficient_attention_backward.default"
+    bound = {c.operand: c for c in REGISTRY.contracts() if c.op == op}
+
+    def fine(operand: str, value: torch.Tensor) -> bool:
+        return all(rule.check(Layout.of(value)) for rule in bound[operand].rules)
+
+    assert fine("out", _heads(True))
+    assert not fine("out", _heads(True, 16))
+    assert not fine("out", _heads(False))
+    # What is not dense it copies by itself.
+    assert fine("grad_out_", _heads(True, 2))
+    assert not fine("grad_out_", at(2, (2, 64, 3, 64), BF16).transpose(1, 2))

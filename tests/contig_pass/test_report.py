@@ -98,7 +98,7 @@ def test_json_reads_back_as_it_was_written() -> None:
     report = report_of(2)
     content = json.loads(json.dumps(to_file([report])))
     assert content["schema"] == "contig_pass.report"
-    assert content["version"] == 3
+    assert content["version"] == 4
     assert from_file(content) == [report]
     with pytest.raises(ReportError, match="version 7"):
         from_file({**content, "version": 7})

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from contig_pass.provenance import repeated
-from contig_pass.report.model import Hunk, Place, Report, Row
+from contig_pass.report.copies import NO_OP, Copy
+from contig_pass.report.model import FIX, Hunk, Report, Row
 from contig_pass.report.page.source import Excerpts
+from contig_pass.report.place import Place
 from contig_pass.report.rolling import (
     Block,
     blocks_of,
     kind_of_block,
+    kind_of_copy,
     kind_of_hunk,
     kind_of_row,
+    modules_of,
     rolled_up,
 )
 from contig_pass.report.units import in_bytes, in_microseconds
@@ -34,6 +38,11 @@ def page_data(reports: Sequence[Report]) -> dict[str, Any]:
         _row(report.graph, group, excerpts)
         for report in reports
         for group in rolled_up(report.rows, kind_of_row)
+    ]
+    rows += [
+        _copy(report.graph, group, excerpts)
+        for report in reports
+        for group in rolled_up(report.copies, kind_of_copy)
     ]
     graphs = [graph for report in reports for graph in _graphs(report)]
     return {"rows": rows, "sources": excerpts.found, "graphs": graphs}
@@ -71,6 +80,36 @@ def _row(graph: str, group: Sequence[Row], excerpts: Excerpts) -> dict[str, Any]
     }
 
 
+def _copy(graph: str, group: Sequence[Copy], excerpts: Excerpts) -> dict[str, Any]:
+    """A copy of the program's own, in the form of the other rows."""
+    copy = group[0]
+    priced = copy.nbytes is not None
+    nbytes = sum(c.nbytes or 0 for c in group)
+    microseconds = sum(c.microseconds or 0.0 for c in group)
+    return {
+        "kind": f"own copy: {copy.verdict}",
+        "graph": graph,
+        "module": modules_of(group),
+        "count": len(group),
+        "members": [[c.module, c.node, None] for c in group[:MEMBERS]],
+        "op": copy.call,
+        "operand": "",
+        "memory": f"{copy.dtype}[{_numbers(copy.shape)}]",
+        "device": copy.device,
+        "reason": copy.proof,
+        "rules": [],
+        "source": "",
+        "before": _place(copy.before),
+        "after": None if copy.verdict == NO_OP else _place(copy.after),
+        "order": None,
+        "bytes": nbytes if priced else None,
+        "us": microseconds if priced else None,
+        "price": [in_bytes(nbytes), in_microseconds(microseconds)] if priced else None,
+        "notes": [],
+        "excerpt": excerpts.number_of(copy),
+    }
+
+
 def _place(place: Place) -> dict[str, Any]:
     return {
         "strides": _numbers(place.strides),
@@ -93,7 +132,10 @@ def _notes(row: Row) -> list[str]:
         notes.append("copied once, while compiling")
     if row.parameter is not None:
         named = "a parameter" if row.parameter == "?" else f"parameter {row.parameter}"
-        notes.append(f"{named} is copied on every call: contig_pass.prepare copies it once")
+        if row.kind == FIX and not row.once:
+            notes.append(f"{named} is copied on every call: contig_pass.prepare copies it once")
+        else:
+            notes.append(f"the operand is memory of {named}")
     return notes
 
 

@@ -1,4 +1,4 @@
-// The table of fixes and skips: filter, sort, open.
+// The table of fixes, skips and the program's own copies: filter, sort, open.
 const ROWS_A_PAGE = 100;
 const KINDS = { fix: "fixed", skip: "left alone" };
 const filters = byId("filters");
@@ -16,6 +16,7 @@ const state = { sort: null, descending: false, shown: ROWS_A_PAGE, open: new Set
 let visible = [];
 
 const kindOf = (row) => KINDS[row.kind] ?? row.kind;
+const isOwnCopy = (row) => row.kind.startsWith("own copy");
 
 function sourceOf(row) {
   if (row.excerpt === null) return "no source line";
@@ -105,7 +106,7 @@ function rowElements(row) {
   const element = make("tr", { class: "row", role: "row", id: `row-${number}` },
     make("td", { role: "cell" }, toggle),
     make("td", { role: "cell" },
-      make("span", { class: `kind ${row.kind}${broken ? " broken" : ""}` }, kindOf(row))),
+      make("span", { class: `kind ${isOwnCopy(row) ? "own" : row.kind}${broken ? " broken" : ""}` }, kindOf(row))),
     cell("module", make("span", { class: "mono" }, row.module),
       row.count > 1 ? make("span", { class: "times" }, ` \u00d7${row.count.toLocaleString("en")}`) : null),
     cell("operand", make("span", { class: "mono" }, `${row.op} `), make("b", {}, row.operand)),
@@ -140,7 +141,11 @@ function toggleRow(row, number, element, toggle) {
 }
 
 function detail(row, number) {
-  const terms = [
+  const terms = isOwnCopy(row) ? [
+    ["call", `${row.op} of ${row.memory} on ${row.device}`],
+    [row.kind, row.reason],
+    ["graph", row.graph || "unnamed"],
+  ] : [
     ["operand", `${row.operand}: ${row.memory} on ${row.device}`],
     [row.kind === "skip" ? "left alone because" : "what was wrong", row.reason],
     ["rules not kept", row.rules.join("; ") || "none"],
@@ -151,7 +156,8 @@ function detail(row, number) {
   ];
   const facts = make("dl", {}, ...terms.flatMap(([term, words]) =>
     [make("dt", {}, term), make("dd", {}, words)]));
-  const left = make("div", {}, make("h3", {}, "The use"), facts, places(row), members(row));
+  const heading = isOwnCopy(row) ? "The copy" : "The use";
+  const left = make("div", {}, make("h3", {}, heading), facts, places(row), members(row));
   const right = make("div", {}, make("h3", {}, "Your line"), ...source(row));
   return make("tr", { class: "detail", role: "row", id: `detail-${number}` },
     make("td", { role: "cell", colspan: COLUMNS.length + 1 },

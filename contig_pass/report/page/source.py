@@ -7,6 +7,7 @@ import tokenize
 from collections.abc import Sequence
 from typing import Any
 
+from contig_pass.report.copies import Copy
 from contig_pass.report.model import Row
 
 #: Lines shown on each side of the one that a row names.
@@ -28,7 +29,7 @@ class Excerpts:
         self._numbers: dict[tuple[str, int], int] = {}
         self._files: dict[str, Sequence[str]] = {}
 
-    def number_of(self, row: Row) -> int | None:
+    def number_of(self, row: Row | Copy) -> int | None:
         """The number of the excerpt around the source line of ``row``; ``None``: it has none."""
         if not row.file:
             return None
@@ -38,7 +39,7 @@ class Excerpts:
             self.found.append(self._excerpt(row))
         return self._numbers[key]
 
-    def _excerpt(self, row: Row) -> dict[str, Any]:
+    def _excerpt(self, row: Row | Copy) -> dict[str, Any]:
         lines = self._lines(row.file)
         at = row.lineno - 1
         if not 0 <= at < len(lines):
