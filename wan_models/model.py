@@ -122,7 +122,9 @@ class WanModel(nn.Module):
             ValueError: an input that the model has no layers for, or a shape that does not fit.
         """
         grid = self._grid(latents)
-        x = self.patch_embedding(latents).to(self.dtype)
+        # In rows once: a stream that stays column-major is read across by every norm of every block
+        # (diffusers#14236), and the first block that returns rows makes the next ones compile anew.
+        x = self.patch_embedding(latents).to(self.dtype).contiguous()
         seq_lens = None
         if seq_len is not None:
             x, seq_lens = _pad_tokens(x, seq_len)

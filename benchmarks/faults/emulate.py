@@ -37,9 +37,9 @@ def install() -> torch.library.Library:
         for name, kernel in kernels.items():
             if not hasattr(torch.ops.aten, name):
                 continue
-            library.impl(name, kernel, "CPU")
+            library.impl(name, kernel, "CPU", allow_override=True)
             if "out" in getattr(torch.ops.aten, name).overloads():
-                library.impl(f"{name}.out", _with_out(kernel), "CPU")
+                library.impl(f"{name}.out", _with_out(kernel), "CPU", allow_override=True)
     return library
 
 

@@ -182,8 +182,8 @@ def _matrices(op: str, meta: str) -> Iterator[Contract]:
 
 
 def _bias(op: str) -> Iterator[Contract]:
-    # Off by an odd number of elements: an asynchronous "misaligned address" or a refusal, by
-    # shape; off by 4 or 8 bytes: accepted for some shapes only. Strided: wrong values.
+    # Off by an odd number of elements: an asynchronous "misaligned address" with fast accumulation,
+    # a refusal without; off by 4 or 8 bytes: accepted for some shapes only. Strided: wrong values.
     yield _contract(op, "bias", (Dense("row"), AlignedPointer(16)), H100, _CUDA)
 
 

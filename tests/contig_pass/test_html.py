@@ -270,12 +270,12 @@ def test_a_whole_graph_is_kept_for_html_alone(tmp_path: Path) -> None:
 
 def test_listing_a_large_graph_is_cheap() -> None:
     module, inputs = layered_graph(10_000)
-    started = time.perf_counter()
+    started = time.process_time()
     found = repair(module.graph, Options(listing=True), inputs, name="layers", pinning=True)
-    middle = time.perf_counter()
+    middle = time.process_time()
     page = to_html([found])
     assert middle - started < 2.0  # 0.4 s when the machine is idle; the pass may take 1 s
-    assert time.perf_counter() - middle < 2.0
+    assert time.process_time() - middle < 2.0
     assert len(page) < 3_000_000
 
 

@@ -131,7 +131,7 @@ def attach_lora(
     if stack is None:
         stack = linear.lora = LoraStack()
         if plain:
-            linear.__class__ = _with_lora(type(linear))
+            _become(linear, _with_lora(type(linear)))
     stack[name] = delta
 
 
@@ -150,10 +150,18 @@ def detach_lora(module: nn.Module, name: str = "lora") -> int:
         if len(linear.lora) == 0:
             if isinstance(linear, WithLora):
                 del linear.lora
-                linear.__class__ = linear.plain
+                _become(linear, linear.plain)
             else:
                 linear.lora = None
     return len(holders)
+
+
+def _become(linear: nn.Module, kind: type[nn.Module]) -> None:
+    linear.__class__ = kind
+    if torch.__version__ < "2.12":
+        # Dynamo of torch 2.11 does not guard the class of torch's own modules: compiled callers
+        # would go on as they were.
+        torch.compiler.reset()
 
 
 def set_lora_strength(
