@@ -116,6 +116,9 @@ DATA_PTR = Hook(
     "torch._C._dynamo.guards", "_torchinductor_pyobject_tensor_data_ptr",
     "looking at a thousand inputs on a call takes up to 170 microseconds",
 )
+_KEPT = "results of opaque ops stay in memory until the graph returns"
+FREEING = Hook(f"{_I}.codegen.wrapper", "PythonWrapperCodegen.codegen_free", _KEPT)
+FREE_LINE = Hook(f"{_I}.codegen.wrapper", "FreeLine", _KEPT)
 _UNSEEN = "the sanitizer does not see the ops that a custom op's kernel calls"
 KEYS_OF = Hook("torch._C", "_dispatch_keys", _UNSEEN)
 KEYS_AFTER = Hook("torch._C", "_dispatch_keyset_full_after", _UNSEEN)
@@ -124,7 +127,7 @@ CURRENT_MODE = Hook("torch.utils._python_dispatch", "_get_current_dispatch_mode"
 HOOKS = (
     COMPILED_GRAPH, POST_COMPILE, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS,
     CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
-    TRACE_RULES, SCALED_LOWERING, DATA_PTR, KEYS_OF, KEYS_AFTER, CURRENT_MODE,
+    TRACE_RULES, SCALED_LOWERING, DATA_PTR, FREEING, FREE_LINE, KEYS_OF, KEYS_AFTER, CURRENT_MODE,
 )
 
 

@@ -17,6 +17,7 @@ import sympy
 import torch
 
 from contig_pass.contracts.rules import STRIDES, parse_order
+from contig_pass.inductor import freeing
 from contig_pass.inductor.ops import checked_op, contiguous_op, pin_op
 from contig_pass.inductor.scope import inputs_of
 from contig_pass.memory import is_opaque, is_transparent, view_base
@@ -45,6 +46,7 @@ def _register() -> None:
     register_lowering(contiguous_op(), type_promotion_kind=None)(_lower_contiguous)
     register_lowering(pin_op(), type_promotion_kind=None)(_lower_pin)
     register_lowering(checked_op(), type_promotion_kind=None)(_lower_checked)
+    freeing.install()
 
 
 def _lower_contiguous(x: Any, order: str) -> Any:
@@ -102,7 +104,7 @@ def _keep_opaque_buffers_apart() -> None:
     """
     from torch._inductor.virtualized import V
 
-    V.graph.never_reuse_buffers.update(filter(_is_opaque, V.graph.unaligned_buffers))
+    freeing.keep_apart(filter(_is_opaque, V.graph.unaligned_buffers))
 
 
 def _reads_opaque_memory() -> bool:
