@@ -13,13 +13,14 @@ _LIBRARY = torch.library.Library("freeing_tests", "DEF")
 _LIBRARY.define("step(Tensor x) -> Tensor")
 _alive: list[list[bool]] = []
 _made: list[weakref.ref] = []
+_start = {"byte": 4}
 
 
 def _step(x: torch.Tensor) -> torch.Tensor:
-    """x + 1 at an odd address, and which earlier results are alive while it runs."""
+    """x + 1, off 16 bytes, and which earlier results are alive while it runs."""
     _alive.append([made() is not None for made in _made])
     memory = torch.empty(x.numel() * 4 + 65, dtype=torch.uint8)
-    start = -memory.data_ptr() % 64 + 4
+    start = -memory.data_ptr() % 64 + _start["byte"]
     out = memory[start : start + x.numel() * 4].view(torch.float32).view(x.shape)
     out.copy_(x + 1)
     _made.append(weakref.ref(out))
@@ -66,10 +67,11 @@ def test_results_that_are_checked_are_freed_as_well() -> None:
     assert [sum(alive) for alive in _alive] == [0, 1, 1, 1]
 
 
-def test_plain_inductor_is_as_it_was() -> None:
+def test_plain_inductor_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_start, "byte", 0)  # it asserts that results start on 16 bytes
     x = torch.arange(32.0).view(4, 8)
     contig_pass.register_contract("freeing_tests::step", "x", [contig_pass.AlignedPointer(16)])
     torch.compile(_program, backend=contig_pass.contig_safe)(x)
     torch._dynamo.reset()
-    plain = torch.compile(lambda x: step(step(x + 1)), backend="inductor")
+    plain = torch.compile(lambda x: step(step(x) + 1), backend="inductor")
     assert torch.equal(plain(x), x + 3)
