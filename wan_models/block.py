@@ -17,7 +17,8 @@ from wan_models.attention.base import add_scaled
 from wan_models.attention.nag import scalar
 from wan_models.attention.radial import RadialPattern
 from wan_models.config import WanConfig
-from wan_models.layers import WanLayerNorm, feed_forward, modulate
+from wan_models.layers import WanLayerNorm, feed_forward
+from wan_models.quant.producers import add, add_normed, fed, normed
 
 
 class BlockConditions(NamedTuple):
@@ -59,6 +60,11 @@ class BlockConditions(NamedTuple):
     radial: RadialPattern | None = None
     radial_dense: bool = False
     chunks: int | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether a branch stands between the cross-attention and the feed-forward."""
+        return any(x is not None for x in (self.motion, self.multitalk_audio, self.humo_audio))
 
     def as_tensors(self, device: torch.device | str | None = None) -> BlockConditions:
         """The same with the strength of all that is given a 0-d fp32 tensor.
@@ -117,6 +123,8 @@ class WanBlock(nn.Module):
     x <- x + gate_ff * FFN(LN(x) * (1 + scale_ff) + shift_ff)
 
     Modulation and the gated residual sums are fp32 and cast back, as in the official model.
+    Where the linears that read a normed state take quantised rows, state, sum and quantisation are
+    one pass, see :mod:`wan_models.quant.producers`.
     Parameter names are the official ones. :func:`wan_models.addons.attach` adds layers.
 
     Args:
@@ -182,15 +190,20 @@ class WanBlock(nn.Module):
         if e0.dim() == 3:
             e = e.unsqueeze(1)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = e.unbind(2)
-        dtype = x.dtype
-        attended, maps = self._attend(
-            modulate(self.norm1(x), shift_sa, scale_sa).to(dtype), rope, seq_lens, conditions
+        attn = self.self_attn
+        state = normed(self.norm1, x, shift_sa, scale_sa, (attn.q, attn.k, attn.v))
+        attended, maps = self._attend(state, rope, seq_lens, conditions)
+        x, state = add_normed(
+            x, attended, gate_sa, self.norm3, None, None, (self.cross_attn.q,)
         )
-        x = (x.float() + attended.float() * gate_sa).to(dtype)
-        x = x + self.cross_attn(self.norm3(x), context, conditions.cross)
-        x = self._late_branches(x, rope, maps, conditions)
-        fed = self.ffn(modulate(self.norm2(x), shift_ff, scale_ff).to(dtype))
-        return (x.float() + fed.float() * gate_ff).to(dtype)
+        branch = self.cross_attn(state, context, conditions.cross)
+        last = self.norm2, shift_ff, scale_ff, (self.ffn[0],)
+        if conditions.late:
+            x = self._late_branches(add(x, branch, None), rope, maps, conditions)
+            state = normed(last[0], x, *last[1:])
+        else:
+            x, state = add_normed(x, branch, None, *last)
+        return add(x, fed(self.ffn, state), gate_ff)
 
     def _attend(
         self,

@@ -16,6 +16,8 @@ import torch
 
 from wan_models.attention import packages
 
+E4M3 = torch.float8_e4m3fn
+
 
 def exact(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_lens: torch.Tensor | None = None
@@ -94,6 +96,17 @@ def _vectors(*tensors: torch.Tensor) -> None:
             raise RuntimeError("misaligned address")
 
 
+def _descaled(
+    tensors: list[torch.Tensor], scales: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """e4m3 times one fp32 scale for each sample and head."""
+    for x, scale in zip(tensors, scales, strict=True):
+        assert x.dtype == E4M3
+        assert scale.dtype == torch.float32
+        assert scale.shape == (x.shape[0], x.shape[2])
+    return [x.double() * s[:, None, :, None] for x, s in zip(tensors, scales, strict=True)]
+
+
 def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     _vectors(q, k, v)
     return exact(q, k, v).to(q.dtype)
@@ -102,12 +115,15 @@ def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def packed_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bounds: torch.Tensor,
     k_bounds: torch.Tensor, q_longest: int, k_longest: int,
+    scales: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
+    """``scales`` of q, k and v, (sequences, H), where they are e4m3."""
     _vectors(q, k, v)
     assert q_bounds.dtype == k_bounds.dtype == torch.int32
     assert q_bounds.is_contiguous()
     assert k_bounds.is_contiguous()
-    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    dtype = torch.bfloat16 if q.dtype == E4M3 else q.dtype
+    out = torch.full(q.shape, torch.nan, dtype=dtype)
     at, key_at = q_bounds.tolist(), k_bounds.tolist()
     assert at[-1] == len(q)
     assert key_at[-1] == len(k)
@@ -116,7 +132,10 @@ def packed_attention(
         assert 0 <= at[i + 1] - at[i] <= q_longest
         assert 0 <= key_at[i + 1] - key_at[i] <= k_longest
         if at[i] < at[i + 1]:
-            out[rows] = exact(q[None, rows], k[None, keys], v[None, keys])[0].to(q.dtype)
+            parts = [q[None, rows], k[None, keys], v[None, keys]]
+            if scales is not None:
+                parts = _descaled(parts, [scale[i : i + 1] for scale in scales])
+            out[rows] = exact(*parts)[0].to(dtype)
     return out
 
 
@@ -138,8 +157,32 @@ def flash_attn_interface(*, returns_tuple: bool) -> types.ModuleType:
 
     module = types.ModuleType("flash_attn_interface")
     module.__version__ = "3.0.0b1" if returns_tuple else "3.0.0"
-    module.flash_attn_func = lambda q, k, v, **_: finish(_batched(q, k, v))
-    module.flash_attn_varlen_func = lambda *args, **_: finish(packed_attention(*args))
+    def batched(q, k, v, q_descale=None, k_descale=None, v_descale=None):
+        if q.dtype != E4M3:
+            return finish(_batched(q, k, v))
+        _vectors(q, k, v)
+        wide = _descaled([q, k, v], [q_descale, k_descale, v_descale])
+        return finish(exact(*wide).to(torch.bfloat16))
+
+    def packed(*args, q_descale=None, k_descale=None, v_descale=None):
+        scales = None if q_descale is None else [q_descale, k_descale, v_descale]
+        return finish(packed_attention(*args, scales))
+
+    module.flash_attn_func, module.flash_attn_varlen_func = batched, packed
+    return module
+
+
+def flash_attn_cute() -> types.ModuleType:
+    """FlashAttention 4: dense results beside the log-sum-exp; bounds by name."""
+    module = types.ModuleType("flash_attn.cute")
+    module.__version__ = "4.0.0b28"
+
+    def packed(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return packed_attention(q, k, v, *bounds), None
+
+    module.flash_attn_func = lambda q, k, v: (_batched(q, k, v), None)
+    module.flash_attn_varlen_func = packed
     return module
 
 
@@ -184,6 +227,8 @@ def sageattn3() -> types.ModuleType:
 CAPABILITIES = {
     "flash_attn_2": (9, 0),
     "flash_attn_3": (9, 0),
+    "flash_attn_3_fp8": (9, 0),
+    "flash_attn_4": (9, 0),
     "sageattn": (9, 0),
     "sageattn_3": (12, 0),
     "sageattn_3_fp4": (12, 0),
@@ -199,8 +244,8 @@ def install(patch: pytest.MonkeyPatch, *modules: types.ModuleType) -> None:
 
 def install_all(patch: pytest.MonkeyPatch) -> None:
     install(
-        patch, flash_attn(), flash_attn_interface(returns_tuple=False), sageattention(),
-        sageattn3(),
+        patch, flash_attn(), flash_attn_interface(returns_tuple=False), flash_attn_cute(),
+        sageattention(), sageattn3(),
     )
 
 

@@ -28,6 +28,9 @@ def gpu_packages(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 MISSING = {
     "flash_attn_2": r"package flash-attn >= 2\.3 needed, not installed",
     "flash_attn_3": r"package flash-attn-3 >= 3\.0 or fa3-fwd >= 0\.0\.3 needed, not installed",
+    "flash_attn_3_fp8":
+        r"package flash-attn-3 >= 3\.0 or fa3-fwd >= 0\.0\.3 needed, not installed",
+    "flash_attn_4": r"package flash-attn-4 >= 4\.0 needed, not installed",
     "sageattn": r"package sageattention >= 2\.0 needed, not installed",
     "sageattn_3": r"package sageattn3 >= 1\.0 needed, not installed",
     "sageattn_3_fp4": r"package sageattn3 >= 1\.0 needed, not installed",
@@ -64,6 +67,9 @@ def test_a_missing_package_is_named_and_replaced_by_nothing(bare, mode):
         ("sageattn", (7, 5), {}, r"compute capability 8\.0, .* needed, found 7\.5"),
         ("flash_attn_2", (7, 5), {}, r"capability 8\.0 or later needed, found 7\.5"),
         ("flash_attn_3", (10, 0), {}, r"capability 8\.0 to 9\.0 needed, found 10\.0"),
+        ("flash_attn_3_fp8", (8, 0), {}, r"capability 9\.0 needed, found 8\.0"),
+        ("flash_attn_4", (8, 9), {}, r"capability 9\.0 or later needed, found 8\.9"),
+        ("flash_attn_4", (9, 0), {"__version__": "3.9"}, r"found flash-attn-4 3\.9"),
         ("sageattn_3", (9, 0), {}, r"capability 12\.0 or 12\.1 needed, found 9\.0"),
         ("sageattn", (9, 0), {"__version__": "1.0.6"},
          r"sageattention >= 2\.0 needed, found sageattention 1\.0\.6"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ RECIPES = (
     "fp8_e5m2",
     "fp8_e4m3fn_scaled",
     "fp8_e4m3fn_scaled_fast",
+    "fp8_e4m3fn_dynamic_fast",
     "fp8_e5m2_scaled_fast",
     "fp4_experimental",
     "fp4_scaled",
@@ -475,15 +477,58 @@ def test_lightx2v(rows_of_scales, transposed, tmp_path):
     same(load(empty_model(), tmp_path / "again.safetensors", device="cpu").model, report.model)
 
 
-def test_a_scale_a_row_is_never_narrowed_in_silence(tmp_path):
-    made = small_model()
+def rows_file(made: nn.Module, path: Path, **parts: torch.Tensor) -> tuple[Path, torch.Tensor]:
+    """A file in which one layer has a scale a row, and the weight that it stands for."""
     scales = torch.rand(256, 1) * 0.01 + 0.005
     weight = (layer(made).weight.float() / scales).to(E4M3)
-    file = write(tmp_path / "m.safetensors", plain_tensors(weight=weight, weight_scale=scales))
-    assert detect(file) == ("lightx2v", "", "fp8_e4m3fn_scaled_fast with a scale a row")
+    tensors = plain_tensors(weight=weight, weight_scale=scales, **parts)
+    return write(path / "m.safetensors", tensors), weight.float() * scales
+
+
+def test_a_scale_a_row_loads_as_it_is(tmp_path):
+    made = small_model()
+    file, exact = rows_file(made, tmp_path)
+    assert detect(file) == ("lightx2v", "", "fp8_e4m3fn_rowwise_fast")
+    report = load(empty_model(), file, device="cpu")
+    assert report.requantised == ()
+    again = layer(report.model)
+    assert again.recipe == "fp8_e4m3fn_rowwise_fast"
+    assert again.weight_scale.shape == (256, 1)
+    assert torch.equal(again.dequantised(), exact)
+    for naming in ("lightx2v", "official"):
+        save(report.model, tmp_path / "again.safetensors", naming=naming)
+        same(load(empty_model(), tmp_path / "again.safetensors", device="cpu").model, report.model)
+    for naming in ("comfyui", "comfyui_old"):
+        with pytest.raises(ValueError, match="one scale for a weight, fp8_e4m3fn_rowwise_fast one"):
+            save(report.model, tmp_path / "no.safetensors", naming=naming)
+
+
+def test_a_single_scale_stands_for_those_of_all_channels_exactly(tmp_path):
+    weight = fp8(layer(small_model()).weight)
+    tensors = plain_tensors(
+        weight=weight, weight_scale=torch.tensor(0.01), input_scale=torch.tensor(2.0)
+    )
+    file = write(tmp_path / "m.safetensors", tensors)
+    recipe = "fp8_e4m3fn_rowwise_fast"
+    report = load(empty_model(), file, device="cpu", quantization=recipe)
+    assert report.requantised == ()
+    assert report.unused == (f"{PATH}.input_scale",)  # its activations bring their own scales
+    got = layer(report.model)
+    assert torch.equal(got.weight.view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(got.weight_scale, torch.full((256, 1), 0.01))
+
+
+def test_a_scale_a_row_is_never_narrowed_in_silence(tmp_path):
+    made = small_model()
+    # A weight of e5m2 has no recipe with a scale for every channel.
+    scales = torch.rand(256, 1) * 0.01 + 0.005
+    weight = (layer(made).weight.float() / scales).to(E5M2)
+    file = write(tmp_path / "wide.safetensors", plain_tensors(weight=weight, weight_scale=scales))
+    assert detect(file) == ("lightx2v", "", "fp8_e5m2_scaled_fast with a scale a row")
     with pytest.raises(CheckpointError, match=r"format .*0\.weight_scale \(one scale a row"):
         load(empty_model(), file, device="cpu")
-    exact = weight.float() * scales
+
+    file, exact = rows_file(made, tmp_path)
     report = load(empty_model(), file, device="cpu", quantization=None, dtype=torch.float32)
     assert report.dequantised == (PATH,)
     assert torch.equal(layer(report.model).weight, exact)

@@ -1,11 +1,14 @@
 """Replacing the linears of a module: which, which not and why, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from wan_models import CONFIGS, TINY, Fp8Linear, WanBlock, quantize_
+from wan_models import CONFIGS, TINY, Fp8Linear, WanBlock, WanModel, quantize_
 from wan_models.quant import HIGH_PRECISION, Fp4Linear, convert, high_precision
+from wan_models.quant.measured import AUTO, TABLE
 from wan_models.quant.recipes import RECIPES
 
 
@@ -46,7 +49,9 @@ def test_quantize_names_every_linear_and_why():
     actions = {row.name: (row.action, row.reason) for row in rows}
     assert len(rows) == 11
     assert actions["self_attn.q"] == ("quantised", "fp8_e4m3fn_fast")
-    assert actions["cross_attn.k"] == ("kept", "named in skip by 'cross_attn.k'")
+    assert actions["cross_attn.k"] == (
+        "kept", "named in skip by 'cross_attn.k': 512 rows gain no time in 8 bits"
+    )
     assert actions["self_attn.v"][0] == actions["cross_attn.v"][0] == "kept"
     assert actions["odd"] == ("kept", "K=24 is not a multiple of 16, as _scaled_mm demands")
     assert isinstance(block.self_attn.q, Fp8Linear)
@@ -122,6 +127,51 @@ def test_high_precision_leaves_out_what_a_model_lacks():
     assert high_precision(model) == []  # nothing of it is left in high precision
 
 
+@pytest.mark.parametrize(
+    ("auto", "kind", "counted"),
+    [("auto_fp8", Fp8Linear, (1.33, 3.67, 3.52)), ("auto_fp4", Fp4Linear, (1.35, 3.73, 3.58))],
+)
+def test_auto_chooses_by_the_record_and_says_so(auto, kind, counted):
+    with torch.device("meta"):
+        model = WanModel(replace(CONFIGS["t2v-14b"], num_layers=1)).bfloat16()
+    rows = {row.name: row for row in quantize_(model, auto, high_precision(model))}
+    block = model.blocks[0]
+    for name, ms, wide in zip(
+        ("self_attn.q", "ffn.0", "ffn.2"), counted, (2.11, 6.45, 6.13), strict=True
+    ):
+        assert isinstance(block.get_submodule(name), kind)
+        assert rows[f"blocks.0.{name}"][1:] == (
+            "quantised",
+            f"{AUTO[auto]}: {ms} ms with quantising against {wide} ms in bf16 (32760 rows, H100)",
+        )
+    assert rows["head.head"][1:] == (
+        "kept", "N=64 is below 768: quantising a row takes longer than its product gains"
+    )
+    assert rows["time_projection.1"] == (
+        "time_projection.1", "kept",
+        "named in skip by 'time_projection.1': few rows, once a step or a video, and every block "
+        "reads the result",
+    )
+    assert isinstance(block.cross_attn.k, kind)
+
+
+def test_text_keys_and_values_stay_wide_on_demand():
+    with torch.device("meta"):
+        model = WanModel(replace(CONFIGS["t2v-14b"], num_layers=2)).bfloat16()
+    skip = high_precision(model, text=True)
+    assert skip == [*high_precision(model), "blocks.*.cross_attn.k", "blocks.*.cross_attn.v"]
+    assert high_precision(WanBlock(TINY), text=True) == ["cross_attn.k", "cross_attn.v"]
+    rows = quantize_(model, "auto_fp8", skip)
+    kept = [row.name for row in rows if row.action == "kept" and "cross_attn" in row.name]
+    assert kept == [f"blocks.{i}.cross_attn.{part}" for i in (0, 1) for part in "kv"]
+
+
+def test_every_recorded_choice_is_the_faster_one_and_accurate():
+    for row in TABLE:
+        assert row.row_wise + row.quantise < row.wide
+        assert row.relative_l1 <= 0.04
+
+
 @pytest.mark.parametrize(("capability", "refused"), [((8, 6), True), ((8, 9), False)])
 def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch, capability, refused):
     class Properties:
@@ -141,7 +191,7 @@ def test_a_gpu_that_multiplies_no_fp8_is_named(monkeypatch, capability, refused)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quantize_(WanBlock(TINY), "fp8"), "quantization 'fp8'"),
+        (lambda: quantize_(WanBlock(TINY), "fp8"), "quantization 'fp8'.*'auto_fp8', 'auto_fp4'"),
         (lambda: quantize_(WanBlock(TINY), "fp8_e4m3fn_fast", skip=["attn"]), "names no linear"),
         (lambda: quantize_(linear(), "fp8_e4m3fn_fast"), "inside a module: use quantized"),
     ],

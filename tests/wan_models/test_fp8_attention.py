@@ -13,7 +13,7 @@ from tests.wan_models.triton_kernels import (
     needs_interpreter,
     needs_triton,
 )
-from wan_models.attention import fp8
+from wan_models.attention import fp8_arithmetic
 from wan_models.attention.kernels import attention
 
 #: e4m3 keeps three bits of mantissa: about 2^-4 / sqrt(3) in each of q, k, v and the weights.
@@ -27,7 +27,7 @@ def operands(
     return [torch.randn(batch, n, 2, size).to(dtype) for n in (queries, keys, keys)]
 
 
-@pytest.mark.parametrize("size", fp8.HEAD_DIMS)
+@pytest.mark.parametrize("size", fp8_arithmetic.HEAD_DIMS)
 @pytest.mark.parametrize(
     ("queries", "keys"), [(20, 1), (30, 127), (130, 128), (30, 129), (40, 300)]
 )
@@ -72,9 +72,10 @@ def test_a_mean_of_the_keys_costs_no_precision():
     q, k, v = operands(40, 200)
     shifted = k + 20 * torch.randn(1, 1, 2, 64)
     assert relative_error(attention(q, shifted, v, mode="fp8"), exact(q, k, v)) < BOUND
-    plain, _ = fp8.quantise(shifted, shifted.abs().amax((1, 3), keepdim=True))
-    smooth, _ = fp8.quantise(k, k.abs().amax((1, 3), keepdim=True))
-    assert plain.unique().numel() < smooth.unique().numel()
+    amax = shifted.abs().amax((1, 3), keepdim=True)
+    values, scale = fp8_arithmetic.quantise(shifted, amax)
+    rounded = values * scale  # what 8 bits make of it without that
+    assert relative_error(exact(q, rounded, v), exact(q, k, v)) > 3 * BOUND
 
 
 def test_scales_are_by_row_and_channel():
@@ -89,20 +90,12 @@ def test_scales_are_by_row_and_channel():
             assert relative_error(out[part], expected[part]) < BOUND
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_scales_of_k_are_by_block(blocks):
-    """A channel that q does not see, large in the first block: it must spoil no other block."""
+def test_a_channel_that_q_does_not_see_spoils_nothing():
+    """It is as large in k as it likes: the balance makes it small before it is spread over all."""
     q, k, v = operands(64, 256)
-    signs = torch.tensor([1.0, -1.0]).repeat(64 * blocks)[:, None]
     q[..., 0] = 0
-    k[:, : 128 * blocks, :, 0] = 1e7 * signs  # beyond what e4m3 spans
-    v[:, :128] = 0  # what comes out is the second block's, up to one factor for each query
-    out, expected = (
-        torch.nn.functional.normalize(x.double(), dim=-1)
-        for x in (attention(q, k, v, mode="fp8"), exact(q, k, v))
-    )
-    error = relative_error(out, expected)
-    assert error < BOUND if blocks == 1 else error > 3 * BOUND
+    k[..., 0] *= 60
+    assert relative_error(attention(q, k, v, mode="fp8"), exact(q, k, v)) < BOUND
 
 
 def test_zeros_stay_zeros():
@@ -115,41 +108,130 @@ def test_zeros_stay_zeros():
 
 def test_arithmetic_of_quantisation():
     x = torch.tensor([[1.0, -3.5, 0.0, 448.0], [0.0, 0.0, 0.0, 0.0]])
-    values, scale = fp8.quantise(x, x.abs().amax(-1, keepdim=True))
+    values, scale = fp8_arithmetic.quantise(x, x.abs().amax(-1, keepdim=True))
     assert values[0].tolist() == [1.0, -3.5, 0.0, 448.0]
     assert scale[0].item() == 1.0
     assert values[1].tolist() == [0.0] * 4
-    values, scale = fp8.quantise(x * 2, (x * 2).abs().amax(-1, keepdim=True))
+    values, scale = fp8_arithmetic.quantise(x * 2, (x * 2).abs().amax(-1, keepdim=True))
     assert values[0].tolist() == [1.0, -3.5, 0.0, 448.0]
     assert scale[0].item() == 2.0
 
 
+def outliers(kind: str) -> list[torch.Tensor]:
+    q, k, v = operands(256, 700, 128, batch=1)
+    if kind == "bias":
+        k[..., [5, 77]] += 12
+        v[..., [3, 60]] *= 20
+    elif kind == "same":
+        q[..., [5, 77]] *= 4
+        k[..., [5, 77]] *= 4
+    elif kind == "opposed":
+        q[..., [5, 77]] *= 10
+        k[..., [5, 77]] *= 0.3
+        k[..., [9, 70]] *= 10
+        q[..., [9, 70]] *= 0.3
+    return [q, k, v]
+
+
+@pytest.mark.parametrize("kind", ["normal", "bias", "same", "opposed"])
+def test_accuracy_with_channels_that_stand_out(kind):
+    """The bars of the speed rows: a cosine of 0.998 on average, 0.995 for the worst head."""
+    q, k, v = outliers(kind)
+    out, expected = attention(q, k, v, mode="fp8").double(), exact(q, k, v)
+    cosines = [
+        torch.cosine_similarity(out[:, :, h].flatten(), expected[:, :, h].flatten(), 0).item()
+        for h in range(2)
+    ]
+    assert sum(cosines) / 2 >= 0.998
+    assert min(cosines) >= 0.995
+
+
+def test_without_the_balance_and_the_turn_such_channels_spoil_it(monkeypatch):
+    """What the two are there for."""
+    q, k, v = outliers("same")
+    expected = exact(q, k, v)
+    right = relative_error(attention(q, k, v, mode="fp8"), expected)
+    monkeypatch.setattr(fp8_arithmetic, "hadamard", lambda size: size**0.5 * torch.eye(size))
+    assert relative_error(attention(q, k, v, mode="fp8"), expected) > 1.2 * right
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_seen(value):
+    """NaN in the row of such a q, in the head of such a k, in the channel of such a v."""
+    places = (2, 1), (slice(None), 1), (slice(None), 1, 7)
+    for which, place in enumerate(places):
+        parts = operands(20, 150, batch=1)
+        parts[which][0, 2, 1, 7] = value
+        bad = ~attention(*parts, mode="fp8").isfinite()[0]
+        expected = torch.zeros_like(bad)
+        expected[place] = True
+        assert torch.equal(bad, expected)
+
+
+def test_a_sample_of_long_sequences_is_looked_at():
+    """Only the mean and the balance come from it, which may be any: what is not sampled is as
+    exact, also where the sample is all zeros, or of another magnitude."""
+    tokens = fp8_arithmetic.SAMPLE_ALL + 300
+    seen = fp8_arithmetic.sampled(tokens, torch.device("cpu"))
+    assert seen.sum() == 18 * 32  # groups 0, 8, ..., 136 of 138
+    assert seen[:32].all()
+    assert not seen[32:256].any()
+    assert fp8_arithmetic.sampled(tokens - 300, torch.device("cpu")).all()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 64) for n in (40, tokens, tokens))
+    for k_factor, v_factor in ((0.0, 0.0), (1.0, 1.0), (0.01, 100.0), (1.0, 0.01)):
+        keys, values = k.clone(), v.clone()
+        keys[:, seen] *= k_factor
+        values[:, seen] *= v_factor
+        out, expected = attention(q, keys, values, mode="fp8"), exact(q, keys, values)
+        assert relative_error(out, expected) < BOUND
+
+
+def test_one_value_among_zeros_is_found():
+    """Scales of v come from all tokens: a needle that is not in the sample keeps its value."""
+    tokens = fp8_arithmetic.SAMPLE_ALL + 300
+    q, k, v = (torch.zeros(1, n, 1, 64) for n in (4, tokens, tokens))
+    k[:, 100] = q[:] = 4.0  # a score of 128: all the weight
+    v[:, 100] = 3.0
+    out = attention(q[:, :1].expand(1, 4, 1, 64).contiguous(), k, v, mode="fp8")
+    torch.testing.assert_close(out, torch.full_like(out, 3.0), rtol=0.04, atol=0)
+
+
 @needs_interpreter
-def test_the_kernels_do_the_arithmetic_of_the_reference():
+@pytest.mark.parametrize(("which", "cases"), [("fp8", 8), ("fp8_fused", 5)])
+def test_the_kernels_do_the_arithmetic_of_the_reference(which, cases):
     """Under Triton's interpreter. What differs is the rounding of sums in another order, which
     can tip a value over to the next e4m3 number."""
-    results = interpreted("fp8")
-    assert len(results) == 5
+    results = interpreted(which)
+    assert len(results) == cases
     for result in results:
         assert result["error"] < 5e-3
         assert result["dense"]
         assert result["finite"]
 
 
+@needs_interpreter
+def test_the_kernels_see_what_is_not_finite():
+    results = interpreted("fp8_poison")
+    assert len(results) == 6
+    assert all(result["right"] for result in results)
+
+
 @needs_triton
-@pytest.mark.parametrize("size", fp8.HEAD_DIMS)
+@pytest.mark.parametrize("size", fp8_arithmetic.HEAD_DIMS)
 @pytest.mark.parametrize("sm", [89, 90, 120])
 def test_the_kernels_compile_and_fit(sm, size):
     """For GPUs that need not be here: 8-bit tensor cores, 16-byte copies, shared memory enough."""
+    from wan_models.attention import fp8_operands
     from wan_models.attention import fp8_triton as kernels
 
     pointers = {"q": "*fp8e4nv", "k": "*fp8e4nv", "v": "*fp8e4nv", "out": "*bf16",
                 "lengths": "*i32", "q_scales": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32"}
-    numbers = dict.fromkeys(("out_b", "out_t", "out_h", "heads", "q_padded", "k_padded"), "i")
+    numbers = dict.fromkeys(("out_b", "out_t", "out_h", "q_padded", "k_padded"), "i")
     stages = 3 if sm == 90 else 2
     kernel = compiled(
-        kernels.attention, {**pointers, **numbers, "queries": "i32"},
-        {"BLOCK_M": kernels.BLOCK_M, "BLOCK_N": fp8.KEY_BLOCK, "D": size, "SHIFT": fp8.SHIFT},
+        kernels.attention, {**pointers, **numbers, "queries": "i32", "heads": "i32"},
+        {"BLOCK_M": fp8_operands.BLOCK_M, "BLOCK_N": fp8_arithmetic.KEY_BLOCK, "D": size},
         sm, num_warps=kernels.WARPS, num_stages=stages,
     )
     text = kernel.asm["ptx"]
@@ -157,3 +239,67 @@ def test_the_kernels_compile_and_fit(sm, size):
     assert "e4m3.e4m3" in text
     assert "cp.async.cg.shared.global" in text
     assert kernel.metadata.shared <= (227 if sm == 90 else 99) * 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("sm", "block"), [(89, 128), (90, 256), (120, 128)])
+def test_the_passes_compile_and_fit(sm, block, fused):
+    """The two that turn by a matrix, with what they load by vectors of 16 bytes."""
+    from wan_models.attention import fp8_quantise as passes
+
+    wide = ("x_b", "q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "padded", "table_b", "table_t",
+            "table_half")
+    types = dict.fromkeys(("q", "k", "hadamard", "weight"), "*bf16") | dict.fromkeys(wide, "i")
+    types |= dict.fromkeys(
+        ("means", "balance", "scales", "squares", "norms"), "*fp32"
+    ) | dict.fromkeys(("heads", "count", "tokens", "turned"), "i32")
+    types |= {"out": "*fp8e4nv", "table": "*fp16", "lengths": "*i32", "factor": "fp32"}
+    for kernel, constants, warps in (
+        (passes.quantise_queries, {"BLOCK": 64}, 4),
+        (passes.quantise_keys, {"BLOCK": block, "REORDER": sm == 90}, 8),
+    ):
+        constants = {**constants, "D": 128, "FUSED": fused}
+        made = compiled(
+            kernel, {name: types[name] for name in kernel.arg_names if name not in constants},
+            constants, sm, num_warps=warps,
+        )
+        assert "ld.global.v4.b32" in made.asm["ptx"]
+        assert made.metadata.shared <= (227 if sm == 90 else 99) * 1024
+
+
+@needs_triton
+@pytest.mark.parametrize("size", fp8_arithmetic.HEAD_DIMS)
+def test_the_kernel_for_hopper_compiles_and_fits(size):
+    """Both products on the 8-bit tensor cores, operands by TMA, no register to memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    from wan_models.attention import fp8_hopper as hopper
+
+    def tiles(rows: int, columns: int) -> str:
+        layout = NVMMASharedLayout(min(columns, 128), 8, 2)
+        return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
+
+    names, block = hopper.attention.arg_names, hopper.BLOCK_N
+    constants = {"D": size, "N": block, "STAGES": hopper.STAGES, "REGISTERS": hopper.REGISTERS}
+    types = {"q": tiles(64, size), "k": tiles(block, size), "v": tiles(size, block),
+             "q_scales": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32", "lengths": "*i32",
+             "out": "*bf16"} | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, name in enumerate(names)
+        if name not in (*constants, "q", "k", "v", "queries", "heads")
+    }
+    source = GluonASTSource(
+        hopper.attention, {name: types.get(name, "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items()}, aligned,
+    )
+    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    text = kernel.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n256k32.f16.e4m3.e4m3" in text
+    assert f"wgmma.mma_async.sync.aligned.m64n{size}k32.f32.e4m3.e4m3" in text
+    assert "cp.async.bulk.tensor.2d" in text
+    assert "ld.local" not in text
+    assert kernel.metadata.shared <= 227 * 1024

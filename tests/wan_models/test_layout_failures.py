@@ -74,8 +74,9 @@ class HeadMajor(WanSelfAttention):
 def test_1_a_fake_that_promises_other_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     attn, inputs = quantised(HeadMajor(DIM, HEADS)), SELF.inputs(2)
     q = bf16(2, 3, HEADS, 8, seed=1).transpose(1, 2)
-    with pytest.raises(Exception, match=r"[Ss]tride"):
-        torch.library.opcheck(attention_hnd, (q, q, q), test_utils="test_faketensor")
+    if torch.__version__ >= "2.12":  # before, it does not look at strides
+        with pytest.raises(Exception, match=r"[Ss]tride"):
+            torch.library.opcheck(attention_hnd, (q, q, q), test_utils="test_faketensor")
     with recording():
         expected = attn(*inputs)
         checks.assert_values(SELF, attn, inputs, (expected,), RECIPE)  # eager hides it
@@ -235,7 +236,8 @@ def test_3_a_column_major_stream_meets_a_scaled_product() -> None:
         accepted = compiled(*inputs)
     for one, other, third in zip(out, accepted, expected, strict=True):
         assert near(one, third)
-        assert checks.error(other, third.double()) < 0.02  # its sums differ, and their casts
+        # Its sums differ, and their casts.
+        assert checks.error(other, third.double()) < 0.02 + checks.COMPILED
     (row,) = contig_pass.last_reports()[-1].fixes
     assert (row.operand, row.module, row.order) == ("self", "block.before_proj", "row")
     assert (row.before.strides, row.after.strides) == ((1, TOKENS), (DIM, 1))

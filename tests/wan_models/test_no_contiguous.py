@@ -30,7 +30,10 @@ REASONS = {
         1, "a result, not an operand: its fake promises one layout, its kernels return two"
     ),
     ("attention/contracts.py", "dense", "copy_ into new_empty"): (1, "the same"),
-    ("attention/fp8.py", "reference", "copy_ into new_empty"): (
+    ("attention/fp8_operands.py", "_turns", "memory_format"): (
+        1, "the rotary table is copied in any case, into half its bytes: the order of that copy"
+    ),
+    ("attention/fp8_arithmetic.py", "reference", "copy_ into new_empty"): (
         1, "a result: the op's fake promises it dense, whatever layout the product has on a CPU"
     ),
     ("attention/sage.py", "_sage_3", "clone"): (
@@ -46,6 +49,25 @@ REASONS = {
     ),
     ("checkpoint/save.py", "_raw", "clone"): (1, "what is written to a file is its bytes"),
     ("checkpoint/save.py", "_raw", "memory_format"): (1, "the order of those bytes"),
+    ("model.py", "forward", "contiguous"): (
+        1, "no kernel demands it: all norms of all blocks read the stream by rows, "
+        "3 to 31% of the time by diffusers#14236; and blocks alike are to compile once"
+    ),
+    ("quant/fp4_triton.py", "run_few_rows", "clone"): (
+        1, "words of two numbers are read, which start on 4 bytes: a few rows of x, moved if not"
+    ),
+    ("quant/fp4_triton.py", "run_few_rows", "memory_format"): (1, "the order of that copy"),
+    ("quant/fp8.py", "channel_scales", "clone"): (
+        1, "one scale is repeated for every channel, once, while the layer is made"
+    ),
+    ("quant/fp8.py", "channel_scales", "memory_format"): (1, "the order of that copy"),
+    ("quant/fused.py", "dense", "is_contiguous"): (
+        1, "a result, not an operand: fakes promise one layout, formulas on a CPU return any"
+    ),
+    ("quant/fused.py", "dense", "copy_ into new_empty"): (1, "the same"),
+    ("quant/rows_linear.py", "product_into", "contiguous"): (
+        1, "one scale is repeated for every column: there is no dense one to be asked for"
+    ),
     ("quant/nvfp4.py", "unswizzle_scales", "clone"): (
         1, "the padding of a file's scales would be kept alive by a view, while loading"
     ),

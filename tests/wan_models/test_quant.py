@@ -35,7 +35,8 @@ def slab_of(size: int, *, pitch: int = 64, bias_offset: int | None = None) -> Sl
 def test_recipes_have_the_names_of_the_seed():
     flavours = ("", "_scaled", "_fast", "_scaled_fast")
     fp8 = {f"fp8_{kind}{flavour}" for kind in ("e4m3fn", "e5m2") for flavour in flavours}
-    assert set(RECIPES) == fp8 | {"fp4_experimental", "fp4_scaled", "fp4_scaled_fast"}
+    ours = {"fp8_e4m3fn_dynamic_fast", "fp8_e4m3fn_rowwise_fast"}
+    assert set(RECIPES) == fp8 | ours | {"fp4_experimental", "fp4_scaled", "fp4_scaled_fast"}
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -51,14 +52,18 @@ def test_stored_weight_agrees_with_the_loop(recipe):
     layer = linear()
     fp8 = quantized(layer, recipe)
     grid, weight = GRIDS[RECIPES[recipe].dtype], layer.weight.double()
-    scale = 1.0
-    if RECIPES[recipe].scaled:
-        scale = (weight.abs().max() / grid[-1]).float().double().item()
-    assert fp8.weight_scale.item() == scale
+    scales = torch.ones(48, dtype=torch.float64)
+    if RECIPES[recipe].channels:
+        scales = (weight.abs().amax(1) / grid[-1]).float().double()
+    elif RECIPES[recipe].scaled:
+        scales = (weight.abs().max() / grid[-1]).float().double().expand(48)
+    assert torch.equal(fp8.weight_scale.double().expand(48, 1).flatten(), scales)
     assert fp8.weight.dtype == RECIPES[recipe].dtype
-    for got, row in zip(fp8.weight.double().tolist(), weight.tolist(), strict=True):
+    rows = zip(fp8.weight.double().tolist(), weight.tolist(), scales.tolist(), strict=True)
+    for got, row, scale in rows:
         assert got == [float_grid.rounded(value / scale, grid) for value in row]
-    assert torch.equal(fp8.dequantised().double(), (fp8.weight.double() * scale).float().double())
+    stored = (fp8.weight.double() * scales[:, None]).float()
+    assert torch.equal(fp8.dequantised(), stored)
 
 
 @pytest.mark.parametrize("recipe", FP8)
@@ -66,14 +71,16 @@ def test_stored_weight_agrees_with_the_loop(recipe):
 def test_value_is_that_of_the_quantised_operands(recipe, bias):
     fp8 = quantized(linear(bias=bias), recipe)
     x = torch.randn(9, 64, dtype=torch.bfloat16)
-    weight, scale = fp8.weight.double().tolist(), fp8.weight_scale.item()
+    weight, scales = fp8.weight.double().tolist(), fp8.weight_scale.expand(48, 1).flatten().tolist()
+    largest = {"static": 448.0, "tensor": x.abs().max().item()}
     expected = torch.zeros(9, 48, dtype=torch.float64)
     for m, row in enumerate(x.double().tolist()):
+        step = largest.get(RECIPES[recipe].activations, max(map(abs, row))) / 448
         if fp8.fast:
-            row = [float_grid.rounded(value, GRIDS[E4M3]) for value in row]
+            row = [step * float_grid.rounded(value / step, GRIDS[E4M3]) for value in row]
         for n in range(48):
             total = sum(a * b for a, b in zip(row, weight[n], strict=True))
-            expected[m, n] = total * scale + (fp8.bias[n].item() if bias else 0.0)
+            expected[m, n] = total * scales[n] + (fp8.bias[n].item() if bias else 0.0)
     # bf16 keeps 8 bits; a scaled weight that is dequantised is rounded to it as well.
     torch.testing.assert_close(fp8(x).double(), expected, rtol=2**-8, atol=2**-8)
 
@@ -272,7 +279,7 @@ def test_a_move_to_where_it_is_changes_no_address():
 @pytest.mark.parametrize("recipe", FP8)
 def test_memory_is_one_byte_a_weight_plus_scale_and_bias(recipe):
     state = quantized(linear(256, 128), recipe).state_dict()
-    scale = 4 if RECIPES[recipe].scaled else 0
+    scale = 4 * (128 if RECIPES[recipe].channels else RECIPES[recipe].scaled)
     assert sum(t.numel() * t.element_size() for t in state.values()) == 256 * 128 + scale + 256
 
 
@@ -314,6 +321,11 @@ def test_cast_to_e4m3_saturates(value, kept):
         (lambda: fp8(E5M2, 1, "fp8_e4m3fn"), "weight is torch.float8_e5m2: recipe 'fp8_e4m3fn'"),
         (lambda: fp8(E4M3, 0, "fp8_e4m3fn_scaled"), "'fp8_e4m3fn_scaled' needs a weight_scale"),
         (lambda: fp8(E4M3, 3, "fp8_e4m3fn_scaled"), r"weight_scale has shape \(3,\)"),
+        (lambda: fp8(E4M3, 3, "fp8_e4m3fn_rowwise_fast"), r"\(3,\): use \(48, 1\), one for every"),
+        (
+            lambda: fp8(E4M3, 1, "fp8_e4m3fn_rowwise_fast").set_input_scale(torch.ones(())),
+            "scales activations by what they are: it has no input_scale",
+        ),
         (lambda: fp8(E4M3, 1, "fp4_scaled"), "'fp4_scaled' is FP4: use Fp4Linear"),
         (lambda: fp8(E4M3, 1, "fp8_e4m3fn").set_input_scale(torch.ones(())), "no input_scale"),
         (lambda: SlabLinear.from_linear(linear(), "fp8_e4m3fn_fast", bias_gap=1), "bias_gap=1"),
@@ -343,7 +355,8 @@ def test_compiled_linears_are_clean_and_equal(recipe):
     (report,) = contig_pass.last_reports()
     assert report.clean
     assert report.fixes == ()
-    # Both matrices of both products at the least, where there is a scaled product.
+    # Both matrices of both products at the least, where there is a scaled product, traced or within
+    # an op of ours.
     assert (report.totals.uses >= 4) == RECIPES[recipe].fast
 
 
@@ -360,7 +373,9 @@ def test_another_token_count_recompiles_nothing(recipe):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("recipe", ["fp8_e5m2_scaled", "fp4_scaled_fast"])
+@pytest.mark.parametrize(
+    "recipe", ["fp8_e5m2_scaled", "fp8_e4m3fn_rowwise_fast", "fp4_scaled_fast"]
+)
 def test_quantised_block_compiles_in_one_graph_to_the_same_values(recipe):
     torch.manual_seed(0)
     block = WanBlock(TINY).bfloat16().eval()

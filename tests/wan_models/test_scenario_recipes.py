@@ -38,7 +38,7 @@ def test_recipe(name: str, recipe: str) -> None:
     for one, other in zip(out, eager, strict=True):
         assert torch.equal(one, other)
     checks.assert_values(scenario, model, inputs, out, recipe)
-    assert {one.weight for one in received} == set(checks.fast_layers(model))
+    assert {one.weight for one in received} == set(checks.fast_layers(model, inputs))
     assert checks.objections(received) == []
     (report,) = contig_pass.last_reports()
     assert report.totals.uses == checks.expected_uses(scenario, model)
@@ -55,7 +55,7 @@ def test_an_image_in_front_of_the_text(batch: int) -> None:
     with torch.no_grad(), recording() as received:
         out = checks.results(compiled(model)(*inputs))
     checks.assert_values(scenario, model, inputs, out, "fp4_scaled_fast")
-    assert {one.weight for one in received} == set(checks.fast_layers(model))
+    assert {one.weight for one in received} == set(checks.fast_layers(model, inputs))
     assert checks.objections(received) == []
     (report,) = contig_pass.last_reports()
     assert report.totals.uses == checks.expected_uses(scenario, model)
@@ -77,8 +77,10 @@ def test_a_column_major_stream(name: str, batch: int) -> None:
         eager = checks.results(model(stream, *others))
         # Rows of several samples do not merge, so they are copied, and that makes them dense.
         readers = {"MultiTalk": 3, "self-attention": 3}.get(name, 1) if batch == 1 else 0
+        # An op of FP4 quantises rows whatever their layout, and multiplies what it made.
+        within = scenario.seed_recipe == "fp4_scaled_fast"
         said = f"a ({TOKENS}, 256) with strides (1, {TOKENS})"
-        assert checks.objections(received) == [said] * readers
+        assert checks.objections(received) == [said] * (0 if within else readers)
         received.clear()
         out = checks.results(compiled(model)(stream, *others))
         assert checks.objections(received) == []
@@ -89,6 +91,7 @@ def test_a_column_major_stream(name: str, batch: int) -> None:
     assert report.totals.fixed_uses == readers
     assert report.skips == ()
     for row in report.fixes:
-        assert (row.op, row.operand) == ("aten::_scaled_mm.default", "self")
+        used = ("wan_models::fp4_weight_linear", "x") if within else ("aten::_scaled_mm", "self")
+        assert (row.op.removesuffix(".default"), row.operand) == used
         assert (row.before.strides, row.after.strides) == ((1, TOKENS), (256, 1))
-        assert "row-major" in row.reason
+        assert ("last dimension" if within else "row-major") in row.reason

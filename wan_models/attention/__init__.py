@@ -1,5 +1,6 @@
 """Attention classes of the Wan family, and the dispatcher behind them."""
 
+from wan_models.attention.auto import choice, choices, measure
 from wan_models.attention.conditions import CrossConditions
 from wan_models.attention.cross_attention import WanCrossAttention
 from wan_models.attention.humo_attention import WanHuMoCrossAttention
@@ -22,7 +23,10 @@ __all__ = [
     "WanI2VCrossAttention",
     "WanSelfAttention",
     "attention",
+    "choice",
+    "choices",
     "guide",
+    "measure",
     "reference_map",
     "reference_masks",
 ]

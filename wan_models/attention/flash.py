@@ -1,8 +1,8 @@
-"""FlashAttention 2 and 3 behind custom ops.
+"""FlashAttention 2, 3 and 4 behind custom ops.
 
 The ops mirror the packages' calls, one for batches and one for sequences by their bounds; padding
-goes by the latter (:mod:`wan_models.attention.varlen`). All results are dense: FlashAttention 3
-allocates them so in every version, FlashAttention 2 in some and in the order of q in others, where
+goes by the latter (:mod:`wan_models.attention.varlen`). All results are dense: FlashAttention 3 and
+4 allocate them so in every version, FlashAttention 2 in some and in the order of q in others, where
 a q that is not dense makes the op copy its result to keep the promise of its fake.
 """
 
@@ -18,7 +18,7 @@ from wan_models.attention.varlen import pack
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_lens: torch.Tensor | None, mode: str
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v by ``mode``, ``"flash_attn_2"`` or ``"flash_attn_3"``.
+    """softmax(q k^T / sqrt(D)) v by ``mode``, ``"flash_attn_2"``, ``"_3"`` or ``"_4"``.
 
     Args:
         q: (B, L, H, D).
@@ -66,10 +66,32 @@ def flash_attn_3_varlen(
     return _output(call(q, k, v, q_bounds, k_bounds, q_longest, k_longest))
 
 
+@torch.library.custom_op("wan_models::flash_attn_4", mutates_args=())
+def flash_attn_4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q (B, L, H, D), k, v (B, S, H, D), last dimensions unit-stride. Returns them dense."""
+    return _output(packages.function("flash_attn_4", "flash_attn_func")(q, k, v))
+
+
+@torch.library.custom_op("wan_models::flash_attn_4_varlen", mutates_args=())
+def flash_attn_4_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bounds: torch.Tensor,
+    k_bounds: torch.Tensor, q_longest: int, k_longest: int,
+) -> torch.Tensor:
+    """The sequences of :class:`wan_models.attention.varlen.Packed`. Returns (B*L, H, D) dense."""
+    call = packages.function("flash_attn_4", "flash_attn_varlen_func")
+    # By name: versions differ in the order.
+    return _output(call(
+        q, k, v, cu_seqlens_q=q_bounds, cu_seqlens_k=k_bounds, max_seqlen_q=q_longest,
+        max_seqlen_k=k_longest,
+    ))
+
+
 @flash_attn_2.register_fake
 @flash_attn_2_varlen.register_fake
 @flash_attn_3.register_fake
 @flash_attn_3_varlen.register_fake
+@flash_attn_4.register_fake
+@flash_attn_4_varlen.register_fake
 def _fake(q: torch.Tensor, *_: object) -> torch.Tensor:
     return q.new_empty(q.shape)
 
@@ -82,8 +104,15 @@ def _output(result: object) -> torch.Tensor:
     return dense(out)
 
 
-_BATCHED = {"flash_attn_2": flash_attn_2, "flash_attn_3": flash_attn_3}
-_PACKED = {"flash_attn_2": flash_attn_2_varlen, "flash_attn_3": flash_attn_3_varlen}
+_BATCHED = {
+    "flash_attn_2": flash_attn_2, "flash_attn_3": flash_attn_3, "flash_attn_4": flash_attn_4,
+}
+_PACKED = {
+    "flash_attn_2": flash_attn_2_varlen,
+    "flash_attn_3": flash_attn_3_varlen,
+    "flash_attn_4": flash_attn_4_varlen,
+}
+MODES = tuple(_BATCHED)
 
 _FLASH_2 = (
     "flash_attn/flash_attn_interface.py copies only where the last stride is not 1; misaligned "
@@ -93,8 +122,13 @@ _FLASH_3 = (
     "hopper/flash_attn_interface.py copies only where the last stride is not 1; TMA descriptors "
     "take addresses and pitches that are multiples of 16 bytes"
 )
+_FLASH_4 = (
+    "flash_attn/cute/interface.py copies only where the last stride is not 1, and promises its "
+    "compiler addresses that are multiples of 16 bytes"
+)
 for _name, _source in (
     ("flash_attn_2", _FLASH_2), ("flash_attn_2_varlen", _FLASH_2),
     ("flash_attn_3", _FLASH_3), ("flash_attn_3_varlen", _FLASH_3),
+    ("flash_attn_4", _FLASH_4), ("flash_attn_4_varlen", _FLASH_4),
 ):
     bind(f"wan_models::{_name}", ("q", "k", "v"), VECTORS, _source)

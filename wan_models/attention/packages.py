@@ -2,7 +2,8 @@
 
 Entry points and demands are those of the packages' public sources: flash-attn (module
 ``flash_attn``), FlashAttention 3 (``flash_attn_interface``, or ``fa3_fwd_interface`` of the
-forward-only wheel), SageAttention 2 (``sageattention``) and SageAttention 3 (``sageattn3``).
+forward-only wheel), FlashAttention 4 (``flash_attn.cute``), SageAttention 2 (``sageattention``) and
+SageAttention 3 (``sageattn3``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 HALF = (torch.bfloat16, torch.float16)
+WIDE = (*HALF, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ DEMANDS = {
         ),
         ("8.0 to 9.0", lambda sm: (8, 0) <= sm <= (9, 0)),
         _FLASH_HEADS,
+    ),
+    # The same packages; q, k and v are cast on the way. Only the kernels for Hopper take 8 bits.
+    "flash_attn_3_fp8": Demand(
+        (
+            Package("flash-attn-3", "flash_attn_interface", "3.0", WIDE),
+            Package("fa3-fwd", "fa3_fwd_interface", "0.0.3", WIDE),
+        ),
+        ("9.0", lambda sm: sm == (9, 0)),
+        ("64, 96, 128, 192 or 256", lambda size: size in (64, 96, 128, 192, 256)),
+    ),
+    "flash_attn_4": Demand(
+        (Package("flash-attn-4", "flash_attn.cute", "4.0"),),
+        ("9.0 or later", lambda sm: sm >= (9, 0)),
+        ("a multiple of 8 up to 128", lambda size: size % 8 == 0 and size <= 128),
     ),
     "sageattn": Demand(
         (Package("sageattention", "sageattention", "2.0"),),
@@ -174,7 +190,17 @@ def _capability_problem(demand: Demand, kind: str, index: int | None) -> str:
 
 
 def _present(module: str) -> bool:
-    return module in sys.modules or importlib.util.find_spec(module) is not None
+    if module in sys.modules:
+        return True
+    parent = module.rpartition(".")[0]
+    return (not parent or _present(parent)) and _findable(module)
+
+
+def _findable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # its parent is no package, or does not import
+        return False
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wan_models.attention import auto, fp8_arithmetic, fp8_fused, fp8_values
 from wan_models.attention.base import QKVAttention, check_grid
-from wan_models.attention.kernels import attention
+from wan_models.attention.kernels import attention, check_mode
 from wan_models.attention.speakers import reference_map
+from wan_models.layers import WanRMSNorm
 from wan_models.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -41,8 +43,49 @@ class WanSelfAttention(QKVAttention):
         self, x: torch.Tensor, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: (B, L, C); rope: from :func:`wan_models.rope.rope_table`; seq_lens: (B,) valid
-        tokens of each sample. Returns (B, L, C)."""
-        return self.o(self.attend(*self.project(x, rope), seq_lens).flatten(2))
+        tokens of each sample. Returns (B, L, C).
+
+        In mode ``"fp8"`` the norms, the rotary and the quantisation of q and k are one op with the
+        attention (:mod:`wan_models.attention.fp8_fused`), which agrees with the steps by
+        themselves within rounding. v is quantised before q and k are made, which then do not share
+        the memory with v in 16 bits."""
+        v = self.v(x)
+        if self._fuses(v, rope, seq_lens):
+            v = fp8_values.run(v, 2 * rope.shape[-1], seq_lens)
+            norms = self.norm_q.weight, self.norm_k.weight
+            out = fp8_fused.attend(self.q(x), self.k(x), *v, *norms, rope, self._eps(), seq_lens)
+        else:
+            q, k = self.query(x), self.heads(self.norm_k(self.k(x)))
+            if rope is not None:
+                q, k = apply_rope(q, rope), apply_rope(k, rope)
+            out = self.attend(q, k, self.heads(v), seq_lens)
+        return self.o(out.flatten(2))
+
+    @torch.compiler.assume_constant_result
+    def _eps(self) -> float | None:
+        """Of both norms, if it is one. A constant of a graph: as an attribute it would be an input
+        of one that is compiled with ``dynamic=True``, and compile it twice."""
+        return self.norm_q.eps if self.norm_q.eps == self.norm_k.eps else None
+
+    def _fuses(
+        self, v: torch.Tensor, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
+    ) -> bool:
+        """Whether our 8-bit kernel is asked for, and what stands before it is what it does.
+
+        v (B, L, C) shows what q and k will be."""
+        if self.mode not in ("fp8", "auto_fp8") or rope is None:
+            return False
+        heads = self.heads(v)
+        alike = type(self.norm_q) is type(self.norm_k) is WanRMSNorm
+        if not alike or self._eps() is None:
+            return False
+        if heads.shape[-1] not in fp8_arithmetic.HEAD_DIMS or 2 * rope.shape[-1] != heads.shape[-1]:
+            return False  # what is wrong, the kernel itself says
+        check_mode(self.mode, v.device, dtype=v.dtype, head_dim=heads.shape[-1])
+        return auto.resolve(
+            self.mode, heads, heads, seq_lens,
+            lambda name: attention(heads, heads, heads, mode=name, k_lens=seq_lens),
+        ) == "fp8"
 
     def forward_ip(
         self,

@@ -10,6 +10,7 @@ from wan_models.checkpoint.contents import Detected, contents
 from wan_models.checkpoint.quantised import Form, stored_linear
 from wan_models.checkpoint.reader import open_checkpoint
 from wan_models.config import CONFIGS
+from wan_models.quant.recipes import RECIPES
 
 
 def detect(path: str | Path) -> Detected:
@@ -35,8 +36,8 @@ def detect(path: str | Path) -> Detected:
         columns *= 2 if entry.dtype == torch.uint8 else 1
         stored, _ = stored_linear(found, layer, (rows, columns))
         if stored is not None and stored.recipe is not None:
-            rows_scaled = stored.form is Form.FP8_ROWS
-            recipes.add(stored.recipe + (" with a scale a row" if rows_scaled else ""))
+            narrowed = stored.form is Form.FP8_ROWS and not RECIPES[stored.recipe].channels
+            recipes.add(stored.recipe + (" with a scale a row" if narrowed else ""))
     return Detected(found.naming, found.prefix, ", ".join(sorted(recipes)) or None)
 
 

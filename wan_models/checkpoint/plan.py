@@ -133,20 +133,22 @@ def _plan_linear(
     if recipe is None:
         if stored.form is not Form.FULL and dtype is None:
             yield _not(weight, "in full precision; give dtype= to dequantise it")
-    elif stored.form is Form.FP8_ROWS and not isinstance(module, QuantizedLinear) and (
+    elif (
         quantization == AS_STORED
+        and not isinstance(module, QuantizedLinear)
+        and not stored.holds(recipe)
     ):
         yield Problem(
             "format",
             stored.parts["weight_scale"].name,
-            "one scale a row, layers hold one in all: give a recipe as quantization= to quantise "
-            "anew, or None to dequantise",
+            f"one scale a row, layers of {recipe.name} hold one in all: give a recipe as "
+            "quantization= to quantise anew, or None to dequantise",
         )
     else:
         obstacle = (fp4.unfit if recipe.fp4 else fp8.unfit)(module, recipe)
         if obstacle is not None:
             yield Problem("shape", weight.name, f"recipe {recipe.name}: {obstacle}")
-    if "input_scale" in stored.parts and (recipe is None or recipe.fp4 or not recipe.fast):
+    if "input_scale" in stored.parts and (recipe is None or not recipe.takes_input_scale):
         plan.unused.append(stored.parts["input_scale"].name)
     plan.steps.append(Step(path, linear, stored, recipe))
 

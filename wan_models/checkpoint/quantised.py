@@ -75,11 +75,15 @@ class Stored:
         return "weight_scale" in self.parts
 
     def holds(self, recipe: Recipe) -> bool:
-        """Whether ``recipe`` keeps the weight as it is stored here."""
+        """Whether ``recipe`` keeps the weight as it is stored here, to the bit.
+
+        One scale of a file stands for that of every channel without loss; the reverse does not.
+        """
         if recipe.fp4:
             return self.form is Form.NVFP4
+        forms = (Form.FP8, Form.FP8_ROWS) if recipe.channels else (Form.FP8,)
         return (
-            self.form is Form.FP8
+            self.form in forms
             and self.parts["weight"].dtype == recipe.dtype
             and (recipe.scaled or not self.scaled)
         )
@@ -106,6 +110,12 @@ class Stored:
             return None
         return place.moved(entry, f"{self.path}.{part}", torch.float32).reshape(())
 
+    def _scale(self, place: Placer) -> torch.Tensor:
+        """``weight_scale`` of an FP8 weight: of shape (), or (N, 1) if every row has its own."""
+        name = f"{self.path}.weight_scale"
+        scale = place.moved(self.parts["weight_scale"], name, torch.float32)
+        return scale.reshape((-1, 1) if self.form is Form.FP8_ROWS else ())
+
     def _block_scales(self, place: Placer, columns: int) -> torch.Tensor:
         entry, name = self.parts["weight_scale"], f"{self.path}.weight_scale"
         if not self.tiled:
@@ -125,10 +135,10 @@ class Stored:
         if recipe.fp4:
             return Fp4Linear(*self._nvfp4(place), bias, recipe.name)
         weight = self.weight(place)
-        scale = self._number("weight_scale", place) if self.scaled else None
+        scale = self._scale(place) if self.scaled else None
         if recipe.scaled and scale is None:
             scale = torch.ones((), device=weight.device)
-        given = self._number("input_scale", place) if recipe.fast else None
+        given = self._number("input_scale", place) if recipe.takes_input_scale else None
         return Fp8Linear(weight, scale, bias, recipe.name, given)
 
     def dequantised(self, place: Placer) -> torch.Tensor:
@@ -138,9 +148,7 @@ class Stored:
         weight = self.weight(place, torch.float32)
         if not self.scaled:
             return weight
-        entry = self.parts["weight_scale"]
-        scale = place.moved(entry, f"{self.path}.weight_scale", torch.float32)
-        return weight * (scale.reshape(-1, 1) if self.form is Form.FP8_ROWS else scale.reshape(()))
+        return weight * self._scale(place)
 
 
 def stored_linear(
@@ -322,6 +330,8 @@ def _recipe(
     marker = found.marker
     forbidden = marker is not None and math.prod(marker.shape) == MARKER_WITHOUT_PRODUCTS
     fast = not (forbidden or settings.get("full_precision_matrix_mult", False))
+    if form is Form.FP8_ROWS and dtype == E4M3 and fast:
+        return "fp8_e4m3fn_rowwise_fast"
     return f"{_FP8_NAMES[dtype]}_scaled" + ("_fast" if fast else "")
 
 

@@ -157,6 +157,11 @@ def _check_forms(recipes: list[Recipe], naming: str) -> None:
                 f"naming={naming!r} has no form for {recipe.name}: use official, diffusers or "
                 "comfyui"
             )
+        if recipe.channels and naming in ("comfyui_old", "comfyui"):
+            raise ValueError(
+                f"naming={naming!r} has one scale for a weight, {recipe.name} one for every "
+                "channel: use official, diffusers or lightx2v"
+            )
     scaled = {(r.dtype, r.fast) for r in recipes if r.scaled and not r.fp4}
     if naming == "comfyui_old" and len(scaled) > 1:
         found = ", ".join(recipe.name for recipe in recipes)

@@ -12,7 +12,8 @@ from wan_models.quant import fp4, fp8
 from wan_models.quant.fp4 import Fp4Linear
 from wan_models.quant.fp8 import Fp8Linear
 from wan_models.quant.linear import QuantizedLinear
-from wan_models.quant.precision import matches
+from wan_models.quant.measured import AUTO, chosen
+from wan_models.quant.precision import matches, why_kept
 from wan_models.quant.recipes import Recipe, recipe_named
 
 #: Least capability of an NVIDIA GPU that multiplies FP8.
@@ -25,7 +26,8 @@ class QuantizedRow(NamedTuple):
     Attributes:
         name: dotted.
         action: ``"quantised"``, ``"kept"`` or ``"already quantised"``.
-        reason: the recipe, or why the linear was kept.
+        reason: the recipe, with what decided for it under an ``auto`` name; or why the linear was
+            kept in 16 bits.
     """
 
     name: str
@@ -58,7 +60,8 @@ def quantize_(module: nn.Module, recipe: str, skip: Sequence[str] = ()) -> list[
 
     Args:
         module: any module.
-        recipe: name of a recipe, see :mod:`wan_models.quant`.
+        recipe: name of a recipe, see :mod:`wan_models.quant`; or ``"auto_fp8"`` or ``"auto_fp4"``
+            for the fastest accurate one of each shape, by :mod:`wan_models.quant.measured`.
         skip: linears that stay in high precision, by exact dotted name; ``*`` stands for exactly
             one component, as in ``"blocks.*.cross_attn.k"``. Never a substring. For a whole Wan
             model start from :func:`wan_models.quant.high_precision`.
@@ -72,7 +75,7 @@ def quantize_(module: nn.Module, recipe: str, skip: Sequence[str] = ()) -> list[
             that names no linear or one that is quantised already, or a ``module`` that is itself
             a linear: nothing holds it, so nothing can hold its replacement.
     """
-    made_by = recipe_named(recipe)
+    made_by = recipe_named(AUTO.get(recipe, recipe), also=tuple(AUTO))
     if isinstance(module, nn.Linear):
         raise ValueError(
             "quantize_ replaces linears inside a module: use quantized, or from_linear of "
@@ -93,15 +96,18 @@ def quantize_(module: nn.Module, recipe: str, skip: Sequence[str] = ()) -> list[
         if isinstance(linear, QuantizedLinear):
             rows.append(QuantizedRow(name, "already quantised", linear.recipe))
             continue
-        reason = kept.get(linear) or unfit(linear, made_by)
-        if reason is not None:
-            rows.append(QuantizedRow(name, "kept", reason))
+        taken, reason = recipe, recipe
+        if recipe in AUTO:
+            taken, reason = chosen(recipe, linear)
+        obstacle = kept.get(linear) or unfit(linear, made_by)
+        if taken is None or obstacle is not None:
+            rows.append(QuantizedRow(name, "kept", obstacle or reason))
             continue
         parent, _, leaf = name.rpartition(".")
         if linear not in made:
-            made[linear] = quantized(linear, recipe)
+            made[linear] = quantized(linear, taken)
         setattr(module.get_submodule(parent), leaf, made[linear])
-        rows.append(QuantizedRow(name, "quantised", recipe))
+        rows.append(QuantizedRow(name, "quantised", reason))
     return rows
 
 
@@ -119,7 +125,7 @@ def _kept(
                 raise ValueError(
                     f"skip={entry!r} names {name}, which is quantised already by {linear.recipe}"
                 )
-            kept.setdefault(linear, f"named in skip by {entry!r}")
+            kept.setdefault(linear, why_kept(entry))
     return kept
 
 

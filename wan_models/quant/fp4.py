@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wan_models.quant.fp8 import SIZE_MULTIPLE, fp8_linear
+from wan_models.quant.fp4_ops import expand_fp4, expanded_scale, fp4_weight_linear
+from wan_models.quant.fp8 import SIZE_MULTIPLE
 from wan_models.quant.linear import QuantizedLinear, checked_scale, compute_type, kept_bias
 from wan_models.quant.nvfp4 import (
     BLOCK,
     Nvfp4,
     dequantize_nvfp4,
-    nvfp4_to_e4m3,
     quantize_nvfp4,
     swizzle_scales,
 )
@@ -30,7 +30,8 @@ class Fp4Linear(QuantizedLinear):
     Buffers: ``weight`` (N, K / 2) uint8; ``weight_scale`` (N, K / 16) e4m3; ``weight_scale_2``
     fp32 of shape (), 1 for a recipe without tensor scale; ``bias`` (N,) bf16 or fp16, or None.
     The fast recipe needs a CPU, or a CUDA device of capability 8.9 or later. From capability
-    10 on it multiplies in FP4, activations included; elsewhere the weight becomes e4m3 first.
+    10 on it multiplies in FP4, activations included; elsewhere as
+    :func:`wan_models.quant.fp4_ops.fp4_weight_linear` says.
 
     Args:
         weight, weight_scale, weight_scale_2, bias: the buffers.
@@ -65,8 +66,6 @@ class Fp4Linear(QuantizedLinear):
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("weight_scale_2", checked_scale("weight_scale_2", weight_scale_2))
         self.register_buffer("bias", bias)
-        if made_by.fast:
-            self.register_one("input_scale", weight.device)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str) -> Self:
@@ -97,17 +96,40 @@ class Fp4Linear(QuantizedLinear):
         self.weight_scale_2.copy_(made.tensor_scale)
 
     def scaled_product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_features % NATIVE_MULTIPLE == 0 and multiplies_fp4(self.weight.device):
+        if self._native:
             return fp4_linear(x, self.stored(), self.bias)
-        weight, scale = nvfp4_to_e4m3(self.stored())
-        return fp8_linear(x, weight, scale, self.input_scale, self.bias)
+        flat = x.reshape(-1, self.in_features).to(compute_type(x.dtype))
+        out = fp4_weight_linear(
+            flat, self.weight, self.weight_scale, self.weight_scale_2, self.bias
+        )
+        return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    @property
+    def takes_rows(self) -> bool:
+        # Written out: Dynamo of torch 2.11 does not evaluate a property of super().
+        return self.by_row and self.lora is None and not self._native
+
+    @property
+    def _native(self) -> bool:
+        fits = self.in_features % NATIVE_MULTIPLE == 0
+        return fits and multiplies_fp4(self.weight.device)
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = expand_fp4(self.weight, self.weight_scale)
+        return weight, expanded_scale(self.weight_scale_2)
 
 
 def multiplies_fp4(device: torch.device) -> bool:
     """Whether ``device`` has matrix products of NVFP4: NVIDIA, capability 10 or later."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    return _multiplies_fp4(device.type, device.index)
+
+
+@torch.compiler.assume_constant_result
+def _multiplies_fp4(kind: str, index: int | None) -> bool:
+    # Not traced: a machine does not change, and Dynamo cannot branch on what torch says of it.
+    if kind != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_properties(device).major >= 10
+    return torch.cuda.get_device_properties(index).major >= 10
 
 
 def fp4_linear(x: torch.Tensor, weight: Nvfp4, bias: torch.Tensor | None) -> torch.Tensor:

@@ -7,13 +7,16 @@ from typing import Self
 import torch
 from torch import nn
 
+from wan_models.quant.fused import rows_of
 from wan_models.quant.linear import (
     QuantizedLinear,
     checked_scale,
     compute_type,
     kept_bias,
 )
-from wan_models.quant.recipes import Recipe, quantize, quantize_weight, recipe_named
+from wan_models.quant.recipes import E4M3, Recipe, quantize, quantize_weight, recipe_named
+from wan_models.quant.rows import above_zero
+from wan_models.quant.rows_linear import rows_linear
 
 #: ``_scaled_mm`` wants K and N to be multiples of this.
 SIZE_MULTIPLE = 16
@@ -54,6 +57,7 @@ def fp8_linear(
         scale_b=weight_scale,
         bias=None if bias is None else bias.to(compute),
         out_dtype=compute,
+        use_fast_accum=True,
     )
     return out.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
@@ -61,13 +65,15 @@ def fp8_linear(
 class Fp8Linear(QuantizedLinear):
     """A linear layer with an e4m3 or e5m2 weight, by any FP8 recipe. For inference.
 
-    Buffers: ``weight`` (N, K); ``weight_scale`` and ``input_scale`` fp32 of shape (); ``bias``
-    (N,) bf16 or fp16, or None. Scales that are 1 by the recipe are no part of ``state_dict``.
+    Buffers: ``weight`` (N, K); ``weight_scale`` fp32 of shape (), or (N, 1) with a scale for every
+    channel; ``input_scale`` fp32 of shape (); ``bias`` (N,) bf16 or fp16, or None. Scales that
+    are 1 by the recipe are no part of ``state_dict``.
     A fast recipe needs a CPU, or a CUDA device of capability 8.9 or later.
 
     Args:
         weight: (N, K) in the recipe's type.
-        weight_scale: one element for a scaled recipe, otherwise None or a 1 that is ignored.
+        weight_scale: one element for a scaled recipe, otherwise None or a 1 that is ignored; N
+            elements, or one for all, for a recipe with a scale for every channel.
         bias: (N,) or None.
         recipe: name of an FP8 recipe.
         input_scale: one element by which activations are divided before the cast of a fast
@@ -92,8 +98,11 @@ class Fp8Linear(QuantizedLinear):
             raise ValueError(f"recipe {recipe!r} needs a weight_scale")
         super().__init__((weight.shape[0], weight.shape[1]), made_by)
         self.scaled = made_by.scaled
+        self.activations = made_by.activations
         self.register_buffer("weight", weight)
-        if made_by.scaled:
+        if made_by.channels:
+            self.register_buffer("weight_scale", channel_scales(weight_scale, weight.shape[0]))
+        elif made_by.scaled:
             self.register_buffer("weight_scale", checked_scale("weight_scale", weight_scale))
         else:
             self.register_one("weight_scale", weight.device)
@@ -127,6 +136,10 @@ class Fp8Linear(QuantizedLinear):
         """
         if not self.fast:
             raise ValueError(f"recipe {self.recipe!r} casts no activations: it has no input_scale")
+        if self.activations != "static":
+            raise ValueError(
+                f"recipe {self.recipe!r} scales activations by what they are: it has no input_scale"
+            )
         scale = checked_scale("input_scale", scale).to(self.weight.device)
         self._ones.remove("input_scale")
         self.input_scaled = True
@@ -143,15 +156,42 @@ class Fp8Linear(QuantizedLinear):
         self.weight.copy_(stored)
         self.weight_scale.copy_(scale)
 
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.weight_scale.view(-1)
+
     def scaled_product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_row:
+            return rows_linear(rows_of(x), *self.operands(), self.bias)
+        dynamic = self.activations == "tensor"
         return fp8_linear(
             x,
             self.weight,
             self.weight_scale,
-            self.input_scale,
+            tensor_scale(x) if dynamic else self.input_scale,
             self.bias,
-            input_scaled=self.input_scaled,
+            input_scaled=dynamic or self.input_scaled,
         )
+
+
+def tensor_scale(x: torch.Tensor) -> torch.Tensor:
+    """amax / 448 over all of ``x``, fp32 of shape (); a tensor without elements has 1."""
+    if x.numel() == 0:
+        return torch.ones((), dtype=torch.float32, device=x.device)
+    return above_zero(x.float().abs().amax()) / torch.finfo(E4M3).max
+
+
+def channel_scales(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """Scales of the output channels as fp32 (N, 1), dense; one element stands for all.
+
+    Raises:
+        ValueError: another number of elements.
+    """
+    if scale.numel() not in (1, rows):
+        raise ValueError(
+            f"weight_scale has shape {tuple(scale.shape)}: use ({rows}, 1), one for every channel"
+        )
+    wide = scale.detach().to(torch.float32).reshape(-1, 1)
+    return wide.expand(rows, 1).clone(memory_format=torch.contiguous_format)
 
 
 def fp8_recipe(name: str) -> Recipe:

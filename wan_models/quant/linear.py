@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from wan_models.quant.recipes import E4M3, E5M2, Recipe
+from wan_models.quant.rows import QuantizedRows
+from wan_models.quant.rows_linear import rows_linear
 
 #: Types that a quantised linear computes and returns in; ``_scaled_mm`` adds a bias of the same.
 COMPUTE_TYPES = (torch.bfloat16, torch.float16)
@@ -56,6 +58,7 @@ class QuantizedLinear(KeepsTypes):
         out_features, in_features: N and K.
         recipe: name of the recipe, see :mod:`wan_models.quant`.
         fast: whether the weight is multiplied as it is stored, or dequantised first.
+        by_row: whether activations are scaled by row: :class:`QuantizedRows` may then be given.
         lora: unmerged LoRAs, see :mod:`wan_models.quant.lora`, or None.
     """
 
@@ -64,6 +67,7 @@ class QuantizedLinear(KeepsTypes):
         self.out_features, self.in_features = shape
         self.recipe = recipe.name
         self.fast = recipe.fast
+        self.by_row = recipe.fast and recipe.activations == "row"
         self.register_module("lora", None)
         self._ones: list[str] = []
 
@@ -79,17 +83,37 @@ class QuantizedLinear(KeepsTypes):
         """x (..., K) times the stored weight, by the scaled matrix product of a fast recipe."""
         raise NotImplementedError
 
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (N, K) e4m3 and its scales (N,) or (1,), for a product with quantised rows."""
+        raise NotImplementedError
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the layer needs nothing of its input but the quantised rows."""
+        return self.by_row and self.lora is None
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type in which this layer is meant to compute: that of its bias, or bf16."""
         return torch.bfloat16 if self.bias is None else compute_type(self.bias.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         """x: (..., K), 1-D to any number of dimensions. Returns (..., N) in the type of ``x``.
 
         Computed in bf16 or fp16; an fp32 ``x`` computes in bf16, since ``_scaled_mm`` takes no
-        bias with an fp32 result.
+        bias with an fp32 result. A layer that is :attr:`by_row` takes rows that are quantised
+        already, and returns the type they had before.
+
+        Raises:
+            ValueError: quantised rows, but another recipe.
         """
+        if isinstance(x, QuantizedRows):
+            if not self.by_row:
+                raise ValueError(
+                    f"recipe {self.recipe!r} takes no quantised rows: give the activation itself"
+                )
+            out = rows_linear(x, *self.operands(), self.bias)
+            return out if self.lora is None else self.lora(x.dequantised(), out)
         out = self.scaled_product(x) if self.fast else self._dequantised_product(x)
         return out if self.lora is None else self.lora(x, out)
 
