@@ -9,8 +9,11 @@ import sys
 from benchmarks import accuracy, clean, pass_scaling, peer, prologue, sanitizer_overhead
 from benchmarks.coverage import command as coverage
 from benchmarks.faults import command as faults
+from benchmarks.speed import commands as speed
 
-SUBCOMMANDS = (faults, pass_scaling, prologue, clean, peer, coverage, accuracy, sanitizer_overhead)
+SUBCOMMANDS = (
+    faults, pass_scaling, prologue, clean, peer, coverage, accuracy, sanitizer_overhead, speed
+)
 
 
 def main() -> int:

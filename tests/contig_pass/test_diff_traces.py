@@ -90,8 +90,9 @@ def test_every_model_is_traced(name: str) -> None:
 @pytest.mark.parametrize(
     ("target", "op", "scale"),
     [
-        # Blackwell multiplies FP4 itself, by block scales beside a tensor's.
-        (SM90, "aten::_scaled_mm.default", "scale_a"),
+        # One op that expands the weight to FP8. Blackwell multiplies FP4 itself, by block scales
+        # beside a tensor's.
+        (SM90, "wan_models::fp4_weight_linear.default", "block_scale"),
         (SM100, "aten::_scaled_mm_v2.default", "scale_a[1]"),
     ],
 )

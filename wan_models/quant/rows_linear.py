@@ -11,7 +11,7 @@ import torch
 
 from contig_pass import AlignedPitch, AlignedPointer, Dense, RowMajor
 from wan_models.quant.binding import bind
-from wan_models.quant.rows import QuantizedRows
+from wan_models.quant.rows import QuantizedRows, by_kernel
 
 #: A matrix that ``_scaled_mm`` and tensor descriptors take: rows on 16 bytes, any pitch of such.
 MATRIX = (RowMajor(), AlignedPointer(16), AlignedPitch(16))
@@ -29,12 +29,13 @@ def product_into(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """What :func:`fp8_rows_linear` does, to ``out`` (M, N), dense, if that is given."""
-    if values.is_cuda:
+    if by_kernel(values):
         from wan_models.quant import rows_gemm
 
         if rows_gemm.pays(values, weight):
             return rows_gemm.run(values, row_scale, weight, column_scale, bias, dtype, out)
-    if dtype != torch.bfloat16 or not values.is_cuda:  # no row-wise scales on a CPU in torch 2.11
+    # A CPU has no row-wise scales in torch 2.11.
+    if dtype != torch.bfloat16 or not by_kernel(values):
         made = bare_product(values, weight).float() * (row_scale * column_scale)
         made = (made if bias is None else made + bias.float()).to(dtype)
         return made if out is None else out.copy_(made)
@@ -110,6 +111,8 @@ def bare_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     bf16 has the range of fp32, so the bare sums (up to 448 * 448 * K) fit it and are rounded as
     the scaled ones would be. For who applies the scales in a pass that is made anyway.
     """
+    if values.is_cuda and not by_kernel(values):
+        return (values.float() @ weight.float().t()).to(torch.bfloat16)
     one = torch.ones((), dtype=torch.float32, device=values.device)
     return torch._scaled_mm(
         values, weight.t(), scale_a=one, scale_b=one,
