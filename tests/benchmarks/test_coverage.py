@@ -133,11 +133,13 @@ def test_a_run_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["hand_calls"] == row["hand_no_ops"] == 3
         assert row["hand_sites"][-1] == "WanHuMoCrossAttention.forward"
         assert row["bad_operands"] == row["fixes"] == row["fix_bytes"] == 0
-        quantised = row["quantisation"] != "bf16"
-        # a, b and bias of four linears, in each of two calls
-        assert row["operands"] == (24 if quantised else 0)
-        # besides: q, k and v of the kernel, and two scales of each product
-        assert row["uses"] == (23 if quantised else 3)
+        # a, b and bias of four linears, in each of two calls; FP4 adds its bias afterwards
+        operands = {"bf16": 0, FP8: 24, "fp4_scaled_fast": 16}
+        assert row["operands"] == operands[row["quantisation"]]
+        # q, k and v of the kernel; besides a, b, bias and two scales of each product, or x, the
+        # packed weight, its scales and the bias
+        uses = {"bf16": 3, FP8: 23, "fp4_scaled_fast": 19}
+        assert row["uses"] == uses[row["quantisation"]]
 
 
 def test_nothing_chosen_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,7 @@ class Recorded(torch.nn.Module):
     def __init__(self, name: str, calls: list, *, maps: torch.Tensor | None = None) -> None:
         super().__init__()
         self.name, self.calls, self.maps = name, calls, maps
+        self.q = self.k = self.v = None  # no linears that take quantised rows
         generator = torch.Generator().manual_seed(len(name))
         self.value = torch.randn(2, 140, TINY.dim, generator=generator)
 
@@ -182,6 +183,9 @@ class Recorded(torch.nn.Module):
 
     def forward_multitalk(self, *args: object) -> tuple[torch.Tensor, torch.Tensor]:
         return self(*args), self.maps
+
+    def __getitem__(self, index: int) -> None:
+        """Of the feed-forward: nor has it such linears."""
 
 
 def recorded_block() -> tuple[WanBlock, list]:
