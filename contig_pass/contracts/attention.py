@@ -72,6 +72,7 @@ def _as_forward_returns() -> Iterator[Contract]:
         for order in ("row", TOKENS_FIRST):
             rules = (Dense(order), pointer)
             yield Contract(cudnn, operand, rules, CUDNN_GRAPH, _query_in(order), ATTENTION)
+    # The demand is for the order of heads and tokens; a shared batch is read rightly.
     rules = (Dense(TOKENS_FIRST), pointer)
     yield Contract(efficient, "out", rules, EFFICIENT_OUT, _CUDA, ATTENTION)
     yield Contract(

@@ -74,6 +74,11 @@ STRICTER = (
             layouts=("inner stride 2", "inner two dimensions swapped"),
         ),
         Stricter(
+            "aten::_scaled_dot_product_efficient_attention_backward.default", ("out",), "dense",
+            "contracts/attention.py: the demand is for the order of heads and tokens",
+            layouts=("outermost dimension expanded",),
+        ),
+        Stricter(
             "aten::_scaled_dot_product_flash_attention_for_cpu.default", ("query", "key", "value"),
             "unit-stride", "contracts/attention.py: the kernel of torch 2.14 takes more layouts",
             "cpu",

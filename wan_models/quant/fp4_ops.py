@@ -14,7 +14,6 @@ from wan_models.quant.binding import bind
 from wan_models.quant.fused import rows_of
 from wan_models.quant.nvfp4 import Nvfp4, dequantize_nvfp4, nvfp4_to_e4m3
 from wan_models.quant.recipes import E4M3
-from wan_models.quant.rows import NARROW, by_kernel
 from wan_models.quant.rows_linear import rows_linear
 
 #: Most rows for which the weight is dequantised inside the product and activations stay in 16 bits.
@@ -34,7 +33,7 @@ def expand_fp4(packed: torch.Tensor, block_scale: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, K) e4m3, to be scaled by :func:`expanded_scale`.
     """
-    if packed.is_cuda and 2 * packed.shape[1] >= NARROW:
+    if packed.is_cuda:
         from wan_models.quant import fp4_triton
 
         return fp4_triton.run_expand(packed, block_scale)
@@ -69,7 +68,7 @@ def fp4_few_rows(
     Returns:
         (M, N) in the type of ``x``; activations are not quantised.
     """
-    if by_kernel(x):
+    if x.is_cuda:
         from wan_models.quant import fp4_triton
 
         return fp4_triton.run_few_rows(x, packed, block_scale, tensor_scale, bias)

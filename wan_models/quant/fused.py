@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from contig_pass import AlignedPointer, Dense, Rule, UnitStrideLast
 from wan_models.quant.binding import bind, check_unit_stride
 from wan_models.quant.recipes import E4M3
-from wan_models.quant.rows import QuantizedRows, by_kernel
+from wan_models.quant.rows import QuantizedRows
 from wan_models.quant.rows import quantise_rows as formula
 
 Tensor = torch.Tensor
@@ -63,7 +63,7 @@ def gelu_formula(
 @torch.library.custom_op("wan_models::quantise_rows", mutates_args=())
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` (B, L, C) as e4m3 by row and its scales (B, L, 1)."""
-    if by_kernel(x):
+    if x.is_cuda:
         from wan_models.quant import fused_triton
 
         return fused_triton.run_quantise(x)
@@ -81,7 +81,7 @@ def norm_quantise(
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_modulate` of ``x`` as e4m3 by row, and its scales (B, L, 1)."""
     check_unit_stride("norm_quantise", shift=shift, scale=scale)
-    if by_kernel(x):
+    if x.is_cuda:
         from wan_models.quant import fused_triton
 
         return fused_triton.run_norm_quantise(x, weight, bias, shift, scale, eps)
@@ -105,7 +105,7 @@ def add_norm_quantise(
     ``branch`` is (B, L, C) like ``x``; a ``gate`` of None is 1.
     """
     check_unit_stride("add_norm_quantise", gate=gate, shift=shift, scale=scale)
-    if by_kernel(x):
+    if x.is_cuda:
         from wan_models.quant import fused_triton
 
         return fused_triton.run_add_norm_quantise(
@@ -129,7 +129,7 @@ def gelu_quantise(
     x: Tensor, row_scale: Optional, column_scale: Optional, bias: Optional
 ) -> tuple[Tensor, Tensor]:
     """tanh-approximated GELU of ``x`` (M, N), scaled as a bare product if it is one, by row."""
-    if by_kernel(x):
+    if x.is_cuda:
         from wan_models.quant import fused_triton
 
         return fused_triton.run_gelu_quantise(x, row_scale, column_scale, bias)

@@ -12,17 +12,6 @@ import torch
 
 from wan_models.quant.recipes import E4M3
 
-#: Narrower rows are left to the formulas of torch on a GPU as well. On an H100 an FP4 linear of
-#: (24, 256) by (256, 256) came out wrong, which kernel's fault is not known; rows of 1,536 and more
-#: were compared with float64 there and are right. No Wan model has narrower ones.
-NARROW = 1024
-
-
-def by_kernel(x: torch.Tensor) -> bool:
-    """Whether rows of ``x`` (..., K) are for the GPU's kernels."""
-    return x.is_cuda and x.shape[-1] >= NARROW
-
-
 class QuantizedRows(NamedTuple):
     """An activation (..., K) in 8 bits, to be handed to linears in its place.
 
