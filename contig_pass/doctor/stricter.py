@@ -42,6 +42,10 @@ _BIAS = (
     "contracts/attention.py: a bias off by 4 or 8 bytes, or whose rows are, passes some cuDNN "
     "shapes; only 16 is safe for all"
 )
+_UNLOWERED = (
+    "contracts/scaled_mm.py: Inductor checks the order; that of torch 2.12 and earlier leaves "
+    "_scaled_mm_v2 to the CPU's kernel, which takes any layout"
+)
 _SHARED = ("outermost dimension expanded", "rows that overlap")
 
 STRICTER = (
@@ -102,6 +106,13 @@ STRICTER = (
         "aten::_scaled_mm*", ("self",), "row-major", _INDUCTOR, "cpu", (*_SHARED, "inner stride 2")
     ),
     Stricter("aten::_scaled_mm*", ("mat2",), "column-major", _INDUCTOR, "cpu", _SHARED),
+    *(
+        Stricter(
+            "aten::_scaled_mm_v2*", (operand,), rule, _UNLOWERED, "cpu",
+            ("inner two dimensions swapped", "inner stride 2"),
+        )
+        for operand, rule in (("self", "row-major"), ("mat2", "column-major"))
+    ),
 )
 
 

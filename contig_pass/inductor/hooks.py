@@ -104,9 +104,11 @@ FAKE_CACHE = Hook(
 SCALED_CHECK = Hook(_META, "_check_scaled_mm_sizes", _REFUSED)
 SCALED_CHECK_V2 = Hook(_META, "_check_scaled_mm_sizes_v2", _REFUSED, before=(2, 14))
 GROUPED_CHECK = Hook(_META, "_meta_grouped_mm_common", _REFUSED)
-TRACE_RULES = Hook(
-    "torch._dynamo.trace_rules", "lookup",
-    "the graph breaks at torch.nn.functional.scaled_mm", before=(2, 13),
+_BREAKS = "the graph breaks at torch.nn.functional.scaled_mm"
+TRACE_RULES = Hook("torch._dynamo.trace_rules", "lookup", _BREAKS, before=(2, 13))
+ENUM_HANDLERS = Hook(
+    "torch._dynamo.variables.builder", "SourcelessBuilder._type_handlers", _BREAKS,
+    since=(2, 12), before=(2, 13),
 )
 SCALED_LOWERING = Hook(
     f"{_I}.template_heuristics.triton", "BaseScaledMMConfigMixin.adjust_kernel_inputs",
@@ -127,7 +129,8 @@ CURRENT_MODE = Hook("torch.utils._python_dispatch", "_get_current_dispatch_mode"
 HOOKS = (
     COMPILED_GRAPH, POST_COMPILE, LAYOUT_PASS, EXACT_STRIDES, COPY_INPUT, FOLDING_PASS,
     CURRENT_TRACE, FAKE_CACHE, SCALED_CHECK, SCALED_CHECK_V2, GROUPED_CHECK,
-    TRACE_RULES, SCALED_LOWERING, DATA_PTR, FREEING, FREE_LINE, KEYS_OF, KEYS_AFTER, CURRENT_MODE,
+    TRACE_RULES, ENUM_HANDLERS, SCALED_LOWERING, DATA_PTR, FREEING, FREE_LINE,
+    KEYS_OF, KEYS_AFTER, CURRENT_MODE,
 )
 
 

@@ -132,7 +132,7 @@ def test_sums_of_one_sign(recipe, width):
     x = torch.rand(4096, width, device="cuda").to(BF16)
     wanted = x.double() @ linear.weight.double().t()
     # As documented in wan_models/quant/rows_linear.py; below 0.04 only to K = 2,000.
-    check_linear(quantized(linear, recipe)(x), wanted, 0.01 + width * 2**-16)
+    check_linear(quantized(linear, recipe)(x), wanted, 0.015 + width * 2**-16)
     check_linear(quantized(linear, "fp8_e4m3fn_scaled")(x), wanted, 0.04)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from wan_models.quant.recipes import E4M3
 
+
 class QuantizedRows(NamedTuple):
     """An activation (..., K) in 8 bits, to be handed to linears in its place.
 
