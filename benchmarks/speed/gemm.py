@@ -190,8 +190,7 @@ def _tensor_wise_alone(o: Operands) -> Callable[[str], Product]:
 
 
 def _row_wise_alone(o: Operands) -> Callable[[str], Product]:
-    weight, scale = by_row(o.linear.weight)
-    column_scale = scale.t().contiguous()
+    weight, column_scale = _weight_by_row(o.linear.weight)
 
     def of(kind: str) -> Product:
         values, row_scale = by_row(o.x[kind])
@@ -212,9 +211,16 @@ def _tensor_wise(linear_weight: torch.Tensor, o: Operands) -> Product:
 
 
 def _row_wise(linear_weight: torch.Tensor, o: Operands) -> Product:
-    weight, scale = by_row(linear_weight)
-    column_scale = scale.t().contiguous()
+    weight, column_scale = _weight_by_row(linear_weight)
     return lambda x: _product(*by_row(x), weight, column_scale, o.linear.bias)
+
+
+def _weight_by_row(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (N, K), and scales (1, N) as ``_scaled_mm`` wants those of its second operand."""
+    if not weight.is_cuda and torch.__version__ < "2.12":
+        raise Unavailable("row-wise _scaled_mm on a CPU needs torch 2.12 or later")
+    values, scale = by_row(weight)
+    return values, scale.t().contiguous()
 
 
 def _recipe(name: str, settings: Settings) -> Callable[[Operands], Callable[[str], Product]]:

@@ -45,11 +45,13 @@ def test_every_contract_of_this_cpu_agrees() -> None:
     found = verify("cpu", jobs=2, timeout=200)
     assert time.monotonic() - started < 400
     assert [row for row in found.rows if row.agrees == DISAGREES] == []
-    assert found.count(AGREES) > 60
     tried = {(row.op, row.operand.split("[")[0]) for row in found.rows if row.broken}
-    for name in ("_scaled_mm", "_scaled_mm_v2"):
-        for op in (f"aten::{name}.default", f"aten::{name}.out"):
-            assert {(op, "self"), (op, "mat2")} <= tried
+    scaled = ("_scaled_mm.default", "_scaled_mm.out", "_scaled_mm_v2.default", "_scaled_mm_v2.out")
+    if torch.__version__ < "2.12":  # whose CPU has no rows of scales, and no second form
+        scaled = scaled[:1]
+    assert found.count(AGREES) > 20 + 10 * len(scaled)
+    for name in scaled:
+        assert {(f"aten::{name}", "self"), (f"aten::{name}", "mat2")} <= tried
     assert {(_FLASH, name) for name in ("query", "key", "value")} <= tried
     # Inductor refuses the other order, which the kernels take.
     swapped = [r for r in found.rows if r.layout == "inner two dimensions swapped"]
