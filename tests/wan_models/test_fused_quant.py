@@ -347,10 +347,11 @@ def shared_and_code(name: str, constants: dict, warps: int) -> tuple[int, str]:
 @needs_triton
 @pytest.mark.parametrize("name", ["norm_quantise", "add_norm_quantise", "gelu_quantise"])
 def test_rows_are_loaded_ahead_by_vectors_on_hopper(name):
-    width = 16384 if name == "gelu_quantise" else 8192
+    width = 16384 if name == "gelu_quantise" else 4096 + 1024
     constants = {
         "x_c": 1, "b_c": 1, "c_s": 1, "GATED": True, "AFFINE": False, "MODULATED": True,
-        "PER_TOKEN": False, "DEFERRED": True, "BIAS": True, "ROWS": 8, "STAGES": 3, "BLOCK": width,
+        "PER_TOKEN": False, "DEFERRED": True, "BIAS": True, "ROWS": 8, "STAGES": 3,
+        "BLOCK": width, "LOW": 4096, "HIGH": 1024,
     }
     from wan_models.quant import fused_triton
 
