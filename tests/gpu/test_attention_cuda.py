@@ -14,8 +14,10 @@ from tests.wan_models import attention_cases as cases
 from tests.wan_models.attention_cases import exact, relative_error
 from wan_models.attention import packages, radial, sdpa
 from wan_models.attention.kernels import MODES, attention, check_mode
+from wan_models.attention.norm_rope import norm_rope
 from wan_models.attention.radial import RadialPattern
 from wan_models.attention.varlen import pack
+from wan_models.rope import rope_table_1d
 
 pytestmark = [
     pytest.mark.gpu,
@@ -358,3 +360,20 @@ def test_radial_of_a_video():
             scores = k[0, seen, h].double() @ q[0, row, h].double() / math.sqrt(128)
             expected = scores.softmax(0) @ v[0, seen, h].double()
             assert relative_error(out[0, row, h], expected) < 3 * TOLERANCE
+
+
+@pytest.mark.parametrize(("tokens", "turned"), [(1, 1), (257, 250), (8195, 8195)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_norm_with_rotary(tokens, turned, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, tokens, 3 * 1536, device="cuda").to(dtype)[..., 1536:3072]
+    weight = torch.randn(1536, device="cuda").to(dtype)
+    table = rope_table_1d(torch.arange(turned + 3, device="cuda"), 128)[:, :turned]
+    got = poisoned(lambda: norm_rope(x, weight, table, 1e-6), x)
+    wide = x.double()
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    even, odd = wide.unflatten(-1, (12, 64, 2)).unbind(-1)
+    cos, sin = torch.nn.functional.pad(table.double(), (0, 0, 0, 0, 0, tokens - turned))
+    cos[turned:] = 1
+    wanted = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    assert relative_error(got, wanted) < (0.003 if dtype == BF16 else 0.0004)

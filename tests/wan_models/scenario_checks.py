@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from tests.wan_models.scenarios import Scenario, exact, quantised_layers, wide
+from wan_models.attention import WanSelfAttention
 from wan_models.quant import RECIPES, QuantizedLinear
 from wan_models.quant.fp4 import Fp4Linear
 from wan_models.quant.fp4_ops import FEW_ROWS
 from wan_models.quant.nvfp4 import nvfp4_to_e4m3
+from wan_models.quant.producers import all_take_rows
 from wan_models.recorder import Received, digest
 
 #: Relative difference of compiled code to eager mode: sums whose last bits depend on the order.
@@ -84,6 +86,9 @@ def expected_uses(scenario: Scenario, module: nn.Module) -> int:
             uses += 3  # one op: input, codes, block scales
         else:
             uses += 4 + layer.by_row  # and the input of the op that quantises rows
+    for part in module.modules():
+        if isinstance(part, WanSelfAttention) and all_take_rows([part.q, part.k]):
+            uses += 6  # input, weight and table of the norm with rotary, twice
     return uses
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from wan_models.attention import auto, fp8_arithmetic, fp8_fused, fp8_values
 from wan_models.attention.base import QKVAttention, check_grid
 from wan_models.attention.kernels import attention, check_mode
+from wan_models.attention.norm_rope import fits, norm_rope
 from wan_models.attention.speakers import reference_map
 from wan_models.layers import WanRMSNorm
+from wan_models.quant.producers import all_take_rows
 from wan_models.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -33,11 +36,27 @@ class WanSelfAttention(QKVAttention):
         self, x: torch.Tensor, rope: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each (B, L, H, D), of x (B, L, C); q and k turned if there is a table."""
-        q = self.query(x)
-        k, v = self.key_value(x)
+        v = self.heads(self.v(x))
+        q, k = (
+            self._turned(norm, projection, x, rope)
+            for norm, projection in ((self.norm_q, self.q), (self.norm_k, self.k))
+        )
+        return q, k, v
+
+    def _turned(
+        self, norm: nn.Module, projection: nn.Module, x: torch.Tensor, rope: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, L, H, D) of x (B, L, C): projected, normed, and turned if there is a table.
+
+        Norm and rotary are one pass after a projection that takes quantised rows: such a layer is
+        for inference, and rounds more than that pass does."""
+        made = projection(x)
         if rope is None:
-            return q, k, v
-        return apply_rope(q, rope), apply_rope(k, rope), v
+            return self.heads(norm(made))
+        one_pass = type(norm) is WanRMSNorm and all_take_rows([projection])
+        if one_pass and fits(made, rope, self.num_heads):  # what is wrong, apply_rope says
+            return norm_rope(made, norm.weight, rope, norm.eps)
+        return apply_rope(self.heads(norm(made)), rope)
 
     def forward(
         self, x: torch.Tensor, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
@@ -55,9 +74,8 @@ class WanSelfAttention(QKVAttention):
             norms = self.norm_q.weight, self.norm_k.weight
             out = fp8_fused.attend(self.q(x), self.k(x), *v, *norms, rope, self._eps(), seq_lens)
         else:
-            q, k = self.query(x), self.heads(self.norm_k(self.k(x)))
-            if rope is not None:
-                q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q = self._turned(self.norm_q, self.q, x, rope)
+            k = self._turned(self.norm_k, self.k, x, rope)
             out = self.attend(q, k, self.heads(v), seq_lens)
         return self.o(out.flatten(2))
 

@@ -1,0 +1,61 @@
+"""RMS norm and rotary of a projection in one pass, for attention that takes q and k in 16 bits.
+
+Norm and rotary are fp32 throughout, where the steps by themselves round to 16 bits three times; so
+the two agree within rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from contig_pass import AlignedPointer, UnitStrideLast
+from wan_models.attention.contracts import bind, check_unit_stride, dense
+from wan_models.rope import apply_rope
+
+
+@torch.library.custom_op("wan_models::norm_rope", mutates_args=())
+def norm_rope(
+    x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x / rms(x) * weight over all heads, then the pairs of each head turned.
+
+    Args:
+        x: (B, L, H * D).
+        weight: (H * D,).
+        rope: (2, L', 1, D/2), or (2, B, L', 1, D/2), of :mod:`wan_models.rope`, fp32; tokens from
+            L' on are not turned.
+        eps: of the norm.
+
+    Returns:
+        (B, L, H, D) dense, in the dtype of x.
+    """
+    check_unit_stride("norm_rope", weight=weight, rope=rope)
+    if x.is_cuda:
+        from wan_models.attention import norm_rope_triton
+
+        return norm_rope_triton.run(x, weight, rope, eps)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    turned = apply_rope(normed.unflatten(-1, (-1, 2 * rope.shape[-1])), rope)
+    return dense(turned.to(x.dtype))
+
+
+@norm_rope.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float) -> torch.Tensor:
+    size = 2 * rope.shape[-1]
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // size, size))
+
+
+def fits(x: torch.Tensor, rope: torch.Tensor, heads: int) -> bool:
+    """Whether ``rope`` is for heads of x (B, L, H * D), and for no more tokens than it has."""
+    return x.shape[-1] == heads * 2 * rope.shape[-1] and rope.shape[-3] <= x.shape[1]
+
+
+bind(
+    "wan_models::norm_rope", ("x",), (UnitStrideLast(), AlignedPointer(16)),
+    "wan_models/attention/norm_rope_triton.py reads rows by vectors of 16 bytes",
+)
+bind(
+    "wan_models::norm_rope", ("weight", "rope"), (UnitStrideLast(),),
+    "wan_models/attention/norm_rope_triton.py reads neighbouring numbers side by side",
+)
