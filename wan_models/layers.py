@@ -7,7 +7,21 @@ from torch import nn
 from torch.nn import functional as F
 
 
-class WanRMSNorm(nn.Module):
+class ConstantEps:
+    """A norm whose ``eps`` can be had as a constant of a graph.
+
+    Under ``dynamic=True`` the attribute would be an input of the graph instead, which AOTAutograd
+    then finds to be a number after all, and has everything traced again.
+    """
+
+    eps: float
+
+    @torch.compiler.assume_constant_result
+    def constant_eps(self) -> float:
+        return self.eps
+
+
+class WanRMSNorm(ConstantEps, nn.Module):
     """y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension.
 
     For q and k that is the whole model dimension, before the heads are split. Computed in fp32
@@ -23,11 +37,11 @@ class WanRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., dim)."""
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.constant_eps())
         return (normed.to(x.dtype) * self.weight).to(x.dtype)
 
 
-class WanLayerNorm(nn.LayerNorm):
+class WanLayerNorm(ConstantEps, nn.LayerNorm):
     """Layer norm over the last dimension, computed in fp32 and cast back."""
 
     def __init__(self, dim: int, eps: float = 1e-6, *, affine: bool = False) -> None:
@@ -37,7 +51,8 @@ class WanLayerNorm(nn.LayerNorm):
         """x: (..., dim)."""
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        eps = self.constant_eps()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, eps).to(x.dtype)
 
 
 class WideLinear(nn.Linear):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from wan_models import CONFIGS, TINY, WanBlock, WanConfig, block_inputs, rope_table, token_grid
+from wan_models import (
+    CONFIGS,
+    TINY,
+    WanBlock,
+    WanConfig,
+    block_inputs,
+    quantize_,
+    rope_table,
+    token_grid,
+)
 from wan_models.attention import attention
 from wan_models.attention.kernels import check_mode
 from wan_models.layers import time_frequencies
@@ -174,6 +183,31 @@ def test_block_compiles_in_one_graph_to_the_same_values(dtype, per_token):
     with torch.no_grad():
         compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(*arguments), block(*arguments))
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8_e4m3fn_rowwise_fast", "fp4_scaled_fast"])
+@pytest.mark.parametrize("mode", ["sdpa", "fp8"])
+def test_no_float_is_an_input_of_a_block_for_any_resolution(recipe, mode):
+    """It would turn out to be a number after all, and have everything traced again."""
+    torch._dynamo.reset()
+    block = WanBlock(TINY).bfloat16().eval().requires_grad_(False)
+    block.self_attn.mode = mode
+    if recipe:
+        quantize_(block, recipe)
+    found = []
+
+    def backend(graph, inputs):
+        values = [n.meta.get("example_value") for n in graph.graph.find_nodes(op="placeholder")]
+        # Dynamo hands floats over as tensors of one fp64 number.
+        found.append([getattr(value, "dtype", type(value)) for value in values])
+        return graph
+
+    inputs = block_inputs(TINY, (2, 3, 4), dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.compile(block, backend=backend, fullgraph=True, dynamic=True)(*inputs)
+    (kinds,) = found
+    assert torch.SymInt in kinds
+    assert torch.float64 not in kinds
 
 
 class Fixed(torch.nn.Module):

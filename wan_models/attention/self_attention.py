@@ -55,7 +55,7 @@ class WanSelfAttention(QKVAttention):
             return self.heads(norm(made))
         one_pass = type(norm) is WanRMSNorm and all_take_rows([projection])
         if one_pass and fits(made, rope, self.num_heads):  # what is wrong, apply_rope says
-            return norm_rope(made, norm.weight, rope, norm.eps)
+            return norm_rope(made, norm.weight, rope, norm.constant_eps())
         return apply_rope(self.heads(norm(made)), rope)
 
     def forward(
@@ -81,8 +81,8 @@ class WanSelfAttention(QKVAttention):
 
     @torch.compiler.assume_constant_result
     def _eps(self) -> float | None:
-        """Of both norms, if it is one. A constant of a graph: as an attribute it would be an input
-        of one that is compiled with ``dynamic=True``, and compile it twice."""
+        """Of both norms, if it is one. A constant of a graph, see
+        :class:`wan_models.layers.ConstantEps`."""
         return self.norm_q.eps if self.norm_q.eps == self.norm_k.eps else None
 
     def _fuses(

@@ -215,7 +215,7 @@ ROWS = 8
 #: Rows in registers or on their way there, one of them at hand.
 STAGES = 3
 #: Least number of rows for which a program takes more than one.
-MANY = 8192
+MANY = 4096
 
 
 def warps(block: int) -> int:
@@ -290,7 +290,7 @@ def run_norm_quantise(
                 *moves, eps,
                 AFFINE=weight is not None, MODULATED=shift is not None,
                 PER_TOKEN=any(moves[1::2]), ROWS=rows, STAGES=STAGES, LOW=low, HIGH=high,
-                num_warps=warps(2 * low),
+                num_warps=warps(low),
             )
     return values, scales
 
@@ -315,7 +315,7 @@ def run_add_norm_quantise(
                 *x.stride(), *branch.stride(), *moves, eps,
                 GATED=gate is not None, AFFINE=weight is not None, MODULATED=shift is not None,
                 PER_TOKEN=any(moves[1::2]), ROWS=rows, STAGES=STAGES, LOW=low, HIGH=high,
-                num_warps=warps(2 * low),
+                num_warps=warps(low),
             )
     return total, values, scales
 

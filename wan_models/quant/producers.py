@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from wan_models.layers import WanLayerNorm
 from wan_models.quant.feed_forward import feed_forward
 from wan_models.quant.fused import add_norm_quantise, norm_quantise
 from wan_models.quant.linear import QuantizedLinear
@@ -27,7 +28,7 @@ def all_take_rows(readers: Sequence[nn.Module]) -> bool:
 
 
 def normed(
-    norm: nn.LayerNorm, x: Tensor, shift: Tensor | None, scale: Tensor | None,
+    norm: WanLayerNorm, x: Tensor, shift: Tensor | None, scale: Tensor | None,
     readers: Sequence[nn.Module],
 ) -> State:
     """LN(x) * (1 + scale) + shift, for ``readers``.
@@ -42,7 +43,7 @@ def normed(
         (B, L, C) in the type of ``x``, as quantised rows if all readers take them.
     """
     if all_take_rows(readers):
-        made = norm_quantise(x, norm.weight, norm.bias, shift, scale, norm.eps)
+        made = norm_quantise(x, norm.weight, norm.bias, shift, scale, norm.constant_eps())
         return QuantizedRows(*made, x.dtype)
     y = norm(x)
     return y if shift is None else (y.float() * (1 + scale) + shift).to(x.dtype)
@@ -57,7 +58,7 @@ def add(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
 
 def add_normed(
     x: Tensor, branch: Tensor, gate: Tensor | None,
-    norm: nn.LayerNorm, shift: Tensor | None, scale: Tensor | None,
+    norm: WanLayerNorm, shift: Tensor | None, scale: Tensor | None,
     readers: Sequence[nn.Module],
 ) -> tuple[Tensor, State]:
     """:func:`add`, and :func:`normed` of the sum; in one pass where readers take quantised rows.
@@ -71,7 +72,7 @@ def add_normed(
         total = add(x, branch, gate)
         return total, normed(norm, total, shift, scale, readers)
     total, *made = add_norm_quantise(
-        x, branch, gate, norm.weight, norm.bias, shift, scale, norm.eps
+        x, branch, gate, norm.weight, norm.bias, shift, scale, norm.constant_eps()
     )
     return total, QuantizedRows(*made, x.dtype)
 
