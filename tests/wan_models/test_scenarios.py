@@ -32,7 +32,10 @@ def test_compiled_and_eager(name: str, batch: int) -> None:
     (report,) = contig_pass.last_reports()
     assert report.totals.uses == checks.expected_uses(scenario, model)
     assert report.clean
-    assert (report.totals.clean, report.totals.fixes) == (report.totals.uses, 0)
+    # What an opaque op returns can only be checked when the graph runs: here what norms turn.
+    totals = report.totals
+    assert (totals.clean + totals.checks, totals.fixes) == (totals.uses, 0)
+    assert totals.checks in (0, 2)
 
 
 @pytest.mark.parametrize(
