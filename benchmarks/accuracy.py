@@ -58,9 +58,9 @@ LEAST_COSINE = {
 #: Of a bf16 block: it rounds the sum with its input, at the input's size. Worst row 0.017.
 LEAST_COSINE_OF_SUM = 0.9997
 #: By attention mode; the others compute in 16 bits. ``fp8`` on a CPU: 0.058. On an H100 the kernels
-#: of ``sageattn`` and ``fp8`` alone have errors of 0.039 and 0.055 on normal inputs. The whole layer
-#: at the full size has a cosine of 0.9966 there by ``fp8``, and of 0.9965 by ``flash_attn_3_fp8``,
-#: which has one scale for all tokens of a head.
+#: of ``sageattn`` and ``fp8`` alone have errors of 0.039 and 0.055 on normal inputs. The whole
+#: layer at the full size has a cosine of 0.9966 there by ``fp8``, and of 0.9965 by
+#: ``flash_attn_3_fp8``, which has one scale for all tokens of a head.
 LEAST_COSINE_OF_MODE = dict.fromkeys(("fp8", "auto_fp8", "sageattn"), 0.9965) | {
     "flash_attn_3_fp8": 0.996
 } | dict.fromkeys(("sageattn_3", "sageattn_3_fp4", "sageattn_3_fp8"), 0.93)
