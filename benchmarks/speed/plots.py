@@ -92,14 +92,16 @@ def _beside_peers(command: str, group: str, rows: list[Row]) -> Any:
 
 
 def _parts(group: str, rows: list[Row]) -> Any:
-    """Time of our rows stacked by part, idle time last."""
+    """Time of our rows stacked by part, last what the median has beyond the profiled call: waiting,
+    and a lower clock than it ran at."""
     shown = [row for row in rows if f"{PARTS[0]} ms" in row.figures]
     figure, axes = _axes(9, 0.7 * len(shown) + 1.8)
     for place, row in enumerate(reversed(shown)):
         left = 0.0
         for part, colour in zip((*PARTS, "idle"), _COLOURS, strict=True):
             width = float(row.figures.get(f"{part} ms", 0.0))
-            label = part if place == 0 else None
+            name = "rest of the median" if part == "idle" else part
+            label = name if place == 0 else None
             axes.barh(place, width, left=left, color=colour, label=label)
             if width > 0.04 * row.ms:
                 axes.text(left + width / 2, place, f"{width:.1f}", ha="center", va="center",
