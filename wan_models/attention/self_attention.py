@@ -36,12 +36,9 @@ class WanSelfAttention(QKVAttention):
         self, x: torch.Tensor, rope: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v, each (B, L, H, D), of x (B, L, C); q and k turned if there is a table."""
-        v = self.heads(self.v(x))
-        q, k = (
-            self._turned(norm, projection, x, rope)
-            for norm, projection in ((self.norm_q, self.q), (self.norm_k, self.k))
-        )
-        return q, k, v
+        q = self._turned(self.norm_q, self.q, x, rope)
+        k = self._turned(self.norm_k, self.k, x, rope)
+        return q, k, self.heads(self.v(x))
 
     def _turned(
         self, norm: nn.Module, projection: nn.Module, x: torch.Tensor, rope: torch.Tensor | None
