@@ -23,7 +23,7 @@ from benchmarks.speed.gemm import by_row
 from benchmarks.speed.measure import Settings
 from benchmarks.speed.rows import Group, Prepared, Row, Shared, Task, Unavailable
 from benchmarks.speed.sizes import SIZES, SMOKE, Size
-from wan_models.layers import WanLayerNorm, modulate
+from wan_models.layers import modulate
 from wan_models.quant import RECIPES
 
 _COPY = "device copy"
@@ -62,8 +62,8 @@ class Producer(NamedTuple):
 
 
 def _normed(i: Inputs, x: torch.Tensor) -> torch.Tensor:
-    norm = WanLayerNorm(x.shape[-1])
-    return modulate(norm(x), i.shift, i.scale).to(x.dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
+    return modulate(normed, i.shift, i.scale).to(x.dtype)
 
 
 def _summed(i: Inputs) -> torch.Tensor:
