@@ -37,8 +37,8 @@ def expand(packed, block_scale, out, rows, bytes_a_row, BYTES: tl.constexpr, ROW
     blocks = row[:, None] * (bytes_a_row // 8) + (byte // 8)[None, :]
     step = tl.load(block_scale + blocks, mask=inside, other=0.0).to(tl.float32) * (_FP16 / 8.0)
     low, high = _decoded(codes & 15) * step, _decoded(codes >> 4) * step
-    # Side by side by join: put together with shifts, to 16 bits, they came out wrong from the ptxas
-    # of Triton 3.6 (every other low value -384), though right from that of CUDA 13.
+    # Side by side by join: put together with shifts, to 16 bits, every other low value came out as
+    # -384 on an H100 (Triton 3.6 with its own ptxas).
     values = tl.join(low, high).reshape(ROWS, 2 * BYTES).to(tl.float8e4nv)
     column = tl.program_id(1) * 2 * BYTES + tl.arange(0, 2 * BYTES)
     within = (row < rows)[:, None] & (column < 2 * bytes_a_row)[None, :]
