@@ -131,6 +131,7 @@ class WanBlock(nn.Module):
         config: sizes.
         mode: attention kernel, see :func:`wan_models.attention.attention`. ``"radial"`` is for
             the self-attention; where that is dense, and elsewhere, ``"sdpa"`` then is used.
+            ``"fp16"``, made for many keys, is for the self-attention too; elsewhere ``"auto"`` is.
     """
 
     def __init__(self, config: WanConfig, mode: str = "sdpa") -> None:
@@ -138,14 +139,15 @@ class WanBlock(nn.Module):
         dim, heads, eps = config.dim, config.num_heads, config.eps
         self.sparse = mode == "radial"
         mode = "sdpa" if self.sparse else mode
+        others = "auto" if mode == "fp16" else mode
         self.norm1 = WanLayerNorm(dim, eps)
         self.self_attn = WanSelfAttention(dim, heads, eps, mode)
         self.norm3 = WanLayerNorm(dim, eps, affine=True)
         # The image comes in the conditions; the context is text alone, also without an image.
         self.cross_attn = (
-            WanI2VCrossAttention(dim, heads, eps, mode, image_tokens=0)
+            WanI2VCrossAttention(dim, heads, eps, others, image_tokens=0)
             if config.image_dim
-            else WanCrossAttention(dim, heads, eps, mode)
+            else WanCrossAttention(dim, heads, eps, others)
         )
         self.norm2 = WanLayerNorm(dim, eps)
         self.ffn = feed_forward(dim, config.ffn_dim)

@@ -37,9 +37,9 @@ class Samples:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], Any]], rounds: int, device: str, deadline: float
+    calls: Sequence[Callable[[], Any]], rounds: int, device: str, deadline: float, lead: int = 0
 ) -> list[Samples]:
-    """Times of each call: in every round each is called once, in order.
+    """Times of each call: in every round each is timed once, in order.
 
     Args:
         calls: what to time; what they return is dropped.
@@ -47,6 +47,9 @@ def interleaved(
         device: ``"cuda"``: CUDA events; else the wall clock.
         deadline: of ``time.perf_counter()``; no round begins after it but the first
             :data:`LEAST_ROUNDS`.
+        lead: calls of the same on a GPU right before the one that is timed. A GPU at its power
+            limit sets its clock by what it did in the tenths of a second before: without them a
+            row is timed at the clock that the row before it left.
     """
     samples = [Samples() for _ in calls]
     warm_up = min(WARM_UP, max(1, rounds // 3))
@@ -55,7 +58,7 @@ def interleaved(
     for step in range(warm_up + rounds):
         if step >= warm_up + LEAST_ROUNDS and time.perf_counter() > deadline:
             break
-        taken = timed(calls, samples, flush)
+        taken = timed(calls, samples, flush, lead)
         for sample, milliseconds in zip(samples, taken, strict=True):
             if step >= warm_up and milliseconds is not None:
                 sample.milliseconds.append(milliseconds)
@@ -63,7 +66,7 @@ def interleaved(
 
 
 def _timed_on_gpu(
-    calls: Sequence[Callable[[], Any]], samples: Sequence[Samples], flush: torch.Tensor
+    calls: Sequence[Callable[[], Any]], samples: Sequence[Samples], flush: torch.Tensor, lead: int
 ) -> list[float | None]:
     """One round: everything is launched before anything is waited for."""
     events: list[tuple[Any, Any] | None] = []
@@ -72,9 +75,11 @@ def _timed_on_gpu(
             events.append(None)
             continue
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
         try:
+            for _ in range(lead):
+                call()
+            flush.zero_()
+            start.record()
             call()
         except Exception as error:
             sample.error = error
@@ -87,7 +92,7 @@ def _timed_on_gpu(
 
 
 def _timed_on_cpu(
-    calls: Sequence[Callable[[], Any]], samples: Sequence[Samples], _: torch.Tensor
+    calls: Sequence[Callable[[], Any]], samples: Sequence[Samples], *_: object
 ) -> list[float | None]:
     taken: list[float | None] = []
     for call, sample in zip(calls, samples, strict=True):

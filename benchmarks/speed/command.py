@@ -29,6 +29,7 @@ class Command:
         name, summary: for the parser.
         plan: the groups of a run.
         rounds: timed calls of each row by default.
+        lead: calls of a row right before each that is timed.
         resolutions: by default.
         options: adds arguments of its own.
         without_gpu: whether these arguments need no GPU.
@@ -40,6 +41,7 @@ class Command:
     summary: str
     plan: Callable[[Settings, argparse.Namespace], list[Group]]
     rounds: int = 20
+    lead: int = 0
     resolutions: tuple[str, ...] = ("480p", "720p")
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     without_gpu: Callable[[argparse.Namespace], bool] = lambda args: False
@@ -92,6 +94,7 @@ def run(command: Command, args: argparse.Namespace) -> int:
         device="cuda" if on_gpu else "cpu", smoke=args.smoke, rounds=rounds,
         budget=args.budget, row_limit=args.row_limit, wanted=args.rows,
         resolutions=args.resolutions or command.resolutions[: 1 if args.smoke else None],
+        lead=command.lead,
     )
     if args.smoke:
         torch.set_num_threads(1)

@@ -45,6 +45,7 @@ class Settings:
         row_limit: seconds that preparing one row may take.
         wanted: texts of which a row's label must contain one; empty: every row.
         resolutions: names of sizes.
+        lead: calls of a row on a GPU right before each that is timed.
         started: ``time.perf_counter()`` at the start.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     row_limit: float = 120.0
     wanted: Sequence[str] = ()
     resolutions: Sequence[str] = ("480p",)
+    lead: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def spent(self) -> float:
@@ -107,7 +109,9 @@ def _run_group(group: Group, settings: Settings) -> dict[str, float]:
     gc.collect()
     deadline = settings.started + settings.budget
     with watched() as seen, torch.no_grad():
-        taken = interleaved([p.call for _, p in ready], settings.rounds, settings.device, deadline)
+        taken = interleaved(
+            [p.call for _, p in ready], settings.rounds, settings.device, deadline, settings.lead
+        )
     for (row, _), samples in zip(ready, taken, strict=True):
         if samples.error is not None or not samples.milliseconds:
             row.status, row.reason = FAILED, one_line(samples.error or RuntimeError("no sample"))

@@ -22,9 +22,10 @@ RECIPES_BY_KIND = {
     "FP8": ("fp8_e4m3fn_rowwise_fast", "fp8_e4m3fn_scaled_fast"),
     "FP4": ("fp4_scaled_fast",),
 }
-#: Attention modes by kind, likewise: chosen by measurement, or else by rule.
+#: Attention modes by kind, likewise: our own kernel, or chosen by measurement, or else by rule.
 MODES_BY_KIND = {
-    "16-bit": ("auto", "flash_attn_3", "sdpa"),
+    "16-bit": ("fp16", "auto", "flash_attn_3", "sdpa"),
+    "16-bit, fp32 scores": ("auto", "flash_attn_3", "sdpa"),
     "8-bit": ("auto_fp8", "fp8"),
     "own 8-bit": ("fp8",),
 }

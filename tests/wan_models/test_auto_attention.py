@@ -13,7 +13,8 @@ from wan_models.attention.kernels import attention, check_mode
 from wan_models.attention.modes import AUTO, MODES
 
 BF16 = torch.bfloat16
-TIMES = {"sdpa": 3.0, "flash_attn_2": 5.0, "flash_attn_3": 2.0, "flash_attn_4": 4.0, "fp8": 1.5,
+TIMES = {
+    "fp16": 3.5,"sdpa": 3.0, "flash_attn_2": 5.0, "flash_attn_3": 2.0, "flash_attn_4": 4.0, "fp8": 1.5,
          "flash_attn_3_fp8": 1.25, "sageattn": 1.75}
 
 

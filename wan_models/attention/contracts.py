@@ -52,6 +52,23 @@ def check_unit_stride(mode: str, **tensors: torch.Tensor) -> None:
             )
 
 
+def check_vectors(mode: str, **tensors: torch.Tensor) -> None:
+    """Raise a ValueError of one line unless each operand is as :data:`VECTORS` demands."""
+    check_unit_stride(mode, **tensors)
+    for name, tensor in tensors.items():
+        size = tensor.element_size()
+        pitches = [
+            stride * size for n, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False)
+            if n > 1
+        ]
+        if tensor.numel() and any(number % 16 for number in (tensor.data_ptr(), *pitches)):
+            raise ValueError(
+                f"attention mode {mode!r}: {name} is misaligned: its address and pitches must be "
+                f"multiples of 16 bytes, got address {tensor.data_ptr()} and strides "
+                f"{tensor.stride()} of {size} bytes"
+            )
+
+
 def dense(out: torch.Tensor) -> torch.Tensor:
     """``out``, or its values in fresh dense memory: for kernels whose results lie one way in one
     version and another in the next, while a fake can promise one way alone."""

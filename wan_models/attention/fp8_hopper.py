@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from wan_models.attention.fp8_arithmetic import TOP_CODE
+from wan_models.attention.hopper_pairs import halves, pairwise
 
 #: Queries of one consumer; a program has two.
 ROWS = 64
@@ -57,35 +58,17 @@ def weight_layout(columns: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.jit
-def _halves(x, N: gl.constexpr):
-    """(64, N) as its left and right halves."""
-    return x.reshape([64, 2, N // 2]).permute(0, 2, 1).split()
-
-
-@gluon.jit
-def _pairwise(x, y, SUM: gl.constexpr):
-    """The larger, or the sum, of fp16 pairs."""
-    if SUM:
-        return gl.inline_asm_elementwise(
-            "add.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.float16, is_pure=True, pack=2
-        )
-    return gl.inline_asm_elementwise(
-        "max.f16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
 def _of_rows(x, N: gl.constexpr, SUM: gl.constexpr):
     """(64,) fp32 maxima or sums of (64, N) fp16: halved while both halves lie in one thread."""
-    a, b = _halves(x, N)
-    a, b = _halves(_pairwise(a, b, SUM), N // 2)
-    a, b = _halves(_pairwise(a, b, SUM), N // 4)
+    a, b = halves(x, N)
+    a, b = halves(pairwise(a, b, SUM), N // 2)
+    a, b = halves(pairwise(a, b, SUM), N // 4)
     if N == 256:
-        a, b = _halves(_pairwise(a, b, SUM), N // 8)
+        a, b = halves(pairwise(a, b, SUM), N // 8)
     # (64, 16): a thread holds 4 neighbours of each row. 32 weights of 448 are within fp16.
-    pairs = _pairwise(a, b, SUM).reshape([64, 4, 2, 2]).permute(0, 1, 3, 2)
+    pairs = pairwise(a, b, SUM).reshape([64, 4, 2, 2]).permute(0, 1, 3, 2)
     a, b = pairs.split()
-    last = _pairwise(a, b, SUM).reshape([64, 8])
+    last = pairwise(a, b, SUM).reshape([64, 8])
     return gl.sum(last.to(gl.float32), 1) if SUM else gl.max(last, 1).to(gl.float32)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from wan_models.attention import auto, flash, flash_fp8, fp8, sage, sdpa
+from wan_models.attention import auto, flash, flash_fp8, fp8, fp16, sage, sdpa
 from wan_models.attention import radial as block_sparse
 from wan_models.attention.checks import check_tensors
 from wan_models.attention.modes import MODES, check_mode
@@ -41,6 +41,7 @@ def attention(
     ``sageattn_3_fp8``                            kernel
     ``radial``                                    block-sparse, over the blocks of ``radial``
     ``fp8``                                       our own 8-bit kernel
+    ``fp16``                                      our own 16-bit kernel; on a GPU for Hopper alone
     ``auto``                                      the fastest 16-bit one, by measurement: see
                                                   :mod:`wan_models.attention.auto`
     ``auto_fp8``                                  the fastest 8-bit one, by measurement
@@ -83,6 +84,8 @@ def _by_name(
 ) -> torch.Tensor:
     if mode == "fp8":
         return fp8.run(q, k, v, k_lens)
+    if mode == "fp16":
+        return fp16.run(q, k, v, k_lens)
     if mode == "flash_attn_3_fp8":
         return flash_fp8.run(q, k, v, k_lens)
     if mode in sdpa.MODES:

@@ -6,17 +6,17 @@ import importlib.util
 
 import torch
 
-from wan_models.attention import fp8, packages, sdpa
+from wan_models.attention import fp8, fp16, packages, sdpa
 from wan_models.attention import radial as block_sparse
 
 #: Modes that stand for another one, and which ones, in the order in which they are taken where
-#: nothing was measured.
+#: nothing was measured. Our own 16-bit kernel, whose scores are fp16 sums, is taken by name alone.
 AUTO = {
     "auto": ("flash_attn_3", "flash_attn_4", "sdpa", "flash_attn_2"),
     "auto_fp8": ("fp8", "flash_attn_3_fp8", "sageattn"),
 }
 #: Every mode of :func:`wan_models.attention.attention`.
-MODES = (*sdpa.MODES, *packages.DEMANDS, "radial", "fp8", *AUTO)
+MODES = (*sdpa.MODES, *packages.DEMANDS, "radial", "fp8", "fp16", *AUTO)
 
 
 def check_mode(
@@ -76,6 +76,8 @@ def machine_problem(
     triton = importlib.util.find_spec("triton") is not None
     if mode == "fp8":
         return fp8.obstacle(sm, kind, triton)
+    if mode == "fp16":
+        return fp16.obstacle(sm, kind, dtype, triton and _has("triton.experimental.gluon.nvidia"))
     return block_sparse.obstacle(sm, kind, dtype, triton)
 
 
@@ -83,11 +85,19 @@ def head_dim_problem(mode: str, head_dim: int) -> str:
     """What about a head dimension rules ``mode`` out, or ``""``."""
     if mode in packages.DEMANDS:
         words, fits = packages.DEMANDS[mode].head_dims
-    elif mode in ("fp8", "radial"):
+    elif mode in ("fp8", "fp16", "radial"):
         words, fits = "64 or 128", _is_64_or_128
     else:
         return ""
     return "" if fits(head_dim) else f"head dimension {words} needed, got {head_dim}"
+
+
+def _has(module: str) -> bool:
+    """Whether a module is there; its packages are imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _is_64_or_128(head_dim: int) -> bool:

@@ -10,12 +10,14 @@ import torch
 
 from contig_pass import AlignedPointer, UnitStrideLast
 from wan_models.attention.contracts import bind, check_unit_stride, dense
+from wan_models.attention.fp16 import score_factor
 from wan_models.rope import apply_rope
 
 
 @torch.library.custom_op("wan_models::norm_rope", mutates_args=())
 def norm_rope(
-    x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float,
+    scale: bool = False, dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x / rms(x) * weight over all heads, then the pairs of each head turned.
 
@@ -25,25 +27,33 @@ def norm_rope(
         rope: (2, L', 1, D/2), or (2, B, L', 1, D/2), of :mod:`wan_models.rope`, fp32; tokens from
             L' on are not turned.
         eps: of the norm.
+        scale: multiply by log2(e) / sqrt(D), as queries of :mod:`wan_models.attention.fp16` are.
+        dtype: of the result, if it is not that of x; the numbers are rounded to that of x all the
+            same: the zeros at the end of a bf16 number save a product in fp16 power and so time.
 
     Returns:
-        (B, L, H, D) dense, in the dtype of x.
+        (B, L, H, D) dense.
     """
     check_unit_stride("norm_rope", weight=weight, rope=rope)
     if x.is_cuda:
         from wan_models.attention import norm_rope_triton
 
-        return norm_rope_triton.run(x, weight, rope, eps)
+        return norm_rope_triton.run(x, weight, rope, eps, scale, dtype)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
     turned = apply_rope(normed.unflatten(-1, (-1, 2 * rope.shape[-1])), rope)
-    return dense(turned.to(x.dtype))
+    if scale:
+        turned = turned * score_factor(turned.shape[-1])
+    return dense(turned.to(x.dtype).to(dtype or x.dtype))
 
 
 @norm_rope.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float) -> torch.Tensor:
+def _(
+    x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float,
+    scale: bool = False, dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     size = 2 * rope.shape[-1]
-    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // size, size))
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // size, size), dtype=dtype or x.dtype)
 
 
 def fits(x: torch.Tensor, rope: torch.Tensor, heads: int) -> bool:

@@ -11,55 +11,71 @@ import torch
 import triton
 import triton.language as tl
 
-from wan_models.quant.fused_triton import STAGES, on, rows_a_program, warps
+from wan_models.attention.fp16 import score_factor
+from wan_models.quant.fused_triton import STAGES, both, on, parts, rows_a_program, warps
+
+
+@triton.jit
+def _turned(v, angle, half, known):
+    """Pairs of neighbours turned by the angles whose cosines ``angle`` points to."""
+    cos = tl.load(angle, mask=known, other=1.0).to(tl.float32)
+    sin = tl.load(angle + half, mask=known, other=0.0).to(tl.float32)
+    even, odd = tl.split(v.reshape(v.shape[0] // 2, 2))
+    return tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(v.shape[0])
 
 
 @triton.jit
 def norm_turn(
     x, weight, table, out, tokens, turned, width, x_b, x_t, x_c, table_half, table_b, table_t,
-    eps,
-    HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+    eps, factor,
+    HALF: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr,
 ):
-    """Rows of x normed, weighed and turned.
+    """Rows of x normed, weighed, turned and multiplied by ``factor``.
 
     Args:
         table: cosines of (B or 1, turned, HALF) angles, and ``table_half`` further on their sines.
         HALF: pairs of a head.
+        LOW, HIGH: the two parts of a row, as of :mod:`wan_models.quant.fused_triton`.
     """
     batch, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    grown = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    pair = tl.arange(0, BLOCK // 2) % HALF
+    low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH)
+    inside = high < width
+    grown_a, grown_b = both(weight, low, high, inside, True)
+    pair_a, pair_b = tl.arange(0, LOW // 2), LOW // 2 + tl.arange(0, HIGH // 2)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         token = first + i
-        live = inside & (token < tokens)
-        v = tl.load(x + batch * x_b + token * x_t + columns * x_c, mask=live, other=0.0)
-        angle = table + batch * table_b + token * table_t + pair
-        cos = tl.load(angle, mask=token < turned, other=1.0).to(tl.float32)
-        sin = tl.load(angle + table_half, mask=token < turned, other=0.0).to(tl.float32)
-        v = v.to(tl.float32)
-        v *= tl.rsqrt(tl.sum(v * v, 0) / width + eps) * grown
-        even, odd = tl.split(v.reshape(BLOCK // 2, 2))
-        v = tl.join(even * cos - odd * sin, even * sin + odd * cos).reshape(BLOCK)
-        row = batch * tokens + token
-        tl.store(out + row * width + columns, v.to(out.dtype.element_ty), mask=live)
+        there, known = token < tokens, token < turned
+        start = x + batch * x_b + token * x_t
+        a, b = both(start, low * x_c, high * x_c, inside, there)
+        angles = table + batch * table_b + token * table_t
+        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / width + eps) * factor
+        a = _turned(a * scale * grown_a, angles + pair_a % HALF, table_half, known)
+        b = _turned(b * scale * grown_b, angles + pair_b % HALF, table_half, known)
+        # Rounded as x is, whatever the type in which it is stored.
+        a, b = a.to(x.dtype.element_ty), b.to(x.dtype.element_ty)
+        start = out + (batch * tokens + token) * width
+        tl.store(start + low, a.to(out.dtype.element_ty), mask=there)
+        tl.store(start + high, b.to(out.dtype.element_ty), mask=inside & there)
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float) -> torch.Tensor:
+def run(
+    x: torch.Tensor, weight: torch.Tensor, rope: torch.Tensor, eps: float,
+    scale: bool = False, dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Arguments and result of :func:`wan_models.attention.norm_rope.norm_rope`."""
     batch, tokens, width = x.shape
     half, turned = rope.shape[-1], rope.shape[-3]
     own = rope.stride(1) if rope.dim() == 5 and rope.shape[1] > 1 else 0
     out = torch.empty(
-        (batch, tokens, width // (2 * half), 2 * half), dtype=x.dtype, device=x.device
+        (batch, tokens, width // (2 * half), 2 * half), dtype=dtype or x.dtype, device=x.device
     )
-    block, rows = triton.next_power_of_2(width), rows_a_program(batch * tokens)
+    (low, high), rows = parts(width), rows_a_program(batch * tokens)
     if out.numel():
         with on(x.device):
             norm_turn[(triton.cdiv(tokens, rows), batch)](
                 x, weight, rope, out, tokens, turned, width, *x.stride(),
-                rope.stride(0), own, rope.stride(-3), eps,
-                HALF=half, ROWS=rows, STAGES=STAGES, BLOCK=block, num_warps=warps(block),
+                rope.stride(0), own, rope.stride(-3), eps, score_factor(2 * half) if scale else 1.0,
+                HALF=half, ROWS=rows, STAGES=STAGES, LOW=low, HIGH=high, num_warps=warps(low),
             )
     return out

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from wan_models.attention import auto, fp8_arithmetic, fp8_fused, fp8_values
+from wan_models.attention import auto, fp8_arithmetic, fp8_fused, fp8_values, fp16
 from wan_models.attention.base import QKVAttention, check_grid
 from wan_models.attention.kernels import attention, check_mode
 from wan_models.attention.norm_rope import fits, norm_rope
 from wan_models.attention.speakers import reference_map
 from wan_models.layers import WanRMSNorm
-from wan_models.quant.producers import all_take_rows
+from wan_models.quant.producers import State, all_take_rows
+from wan_models.quant.rows import QuantizedRows
+from wan_models.quant.rows_linear import rows_linear
 from wan_models.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class WanSelfAttention(QKVAttention):
         return q, k, self.heads(self.v(x))
 
     def _turned(
-        self, norm: nn.Module, projection: nn.Module, x: torch.Tensor, rope: torch.Tensor | None
+        self, norm: nn.Module, projection: nn.Module, x: State, rope: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, L, H, D) of x (B, L, C): projected, normed, and turned if there is a table.
 
@@ -50,13 +52,16 @@ class WanSelfAttention(QKVAttention):
         made = projection(x)
         if rope is None:
             return self.heads(norm(made))
-        one_pass = type(norm) is WanRMSNorm and all_take_rows([projection])
-        if one_pass and fits(made, rope, self.num_heads):  # what is wrong, apply_rope says
+        if self._in_one_pass(norm, projection) and fits(made, rope, self.num_heads):
             return norm_rope(made, norm.weight, rope, norm.constant_eps())
-        return apply_rope(self.heads(norm(made)), rope)
+        return apply_rope(self.heads(norm(made)), rope)  # what is wrong with the table, this says
+
+    @staticmethod
+    def _in_one_pass(norm: nn.Module, projection: nn.Module) -> bool:
+        return type(norm) is WanRMSNorm and all_take_rows([projection])
 
     def forward(
-        self, x: torch.Tensor, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
+        self, x: State, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: (B, L, C); rope: from :func:`wan_models.rope.rope_table`; seq_lens: (B,) valid
         tokens of each sample. Returns (B, L, C).
@@ -64,13 +69,24 @@ class WanSelfAttention(QKVAttention):
         In mode ``"fp8"`` the norms, the rotary and the quantisation of q and k are one op with the
         attention (:mod:`wan_models.attention.fp8_fused`), which agrees with the steps by
         themselves within rounding. v is quantised before q and k are made, which then do not share
-        the memory with v in 16 bits."""
-        v = self.v(x)
-        if self._fuses(v, rope, seq_lens):
-            v = fp8_values.run(v, 2 * rope.shape[-1], seq_lens)
+        the memory with v in 16 bits. In mode ``"fp16"`` on quantised rows q, k and v are made as
+        its kernel takes them."""
+        fused = self._fused(x, rope, seq_lens)
+        if fused == "fp8":
+            v = fp8_values.run(self.v(x), 2 * rope.shape[-1], seq_lens)
             norms = self.norm_q.weight, self.norm_k.weight
             out = fp8_fused.attend(self.q(x), self.k(x), *v, *norms, rope, self._eps(), seq_lens)
+        elif fused == "fp16":
+            v = rows_linear(x, *self.v.operands(), self.v.bias, torch.float16)
+            q, k = (
+                norm_rope(made, norm.weight, rope, norm.constant_eps(), scale, torch.float16)
+                for made, norm, scale in (
+                    (self.q(x), self.norm_q, True), (self.k(x), self.norm_k, False),
+                )
+            )
+            out = fp16.fp16_attention(q, k, self.heads(v), None, x.dtype)
         else:
+            v = self.v(x)
             q = self._turned(self.norm_q, self.q, x, rope)
             k = self._turned(self.norm_k, self.k, x, rope)
             out = self.attend(q, k, self.heads(v), seq_lens)
@@ -82,25 +98,34 @@ class WanSelfAttention(QKVAttention):
         :class:`wan_models.layers.ConstantEps`."""
         return self.norm_q.eps if self.norm_q.eps == self.norm_k.eps else None
 
-    def _fuses(
-        self, v: torch.Tensor, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
-    ) -> bool:
-        """Whether our 8-bit kernel is asked for, and what stands before it is what it does.
-
-        v (B, L, C) shows what q and k will be."""
-        if self.mode not in ("fp8", "auto_fp8") or rope is None:
-            return False
-        heads = self.heads(v)
-        alike = type(self.norm_q) is type(self.norm_k) is WanRMSNorm
-        if not alike or self._eps() is None:
-            return False
+    def _fused(
+        self, x: State, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
+    ) -> str:
+        """Which of our kernels is asked for where what stands before it is what it does; or ``""``.
+        """
+        if self.mode not in ("fp8", "auto_fp8", "fp16") or rope is None:
+            return ""
+        if not type(self.norm_q) is type(self.norm_k) is WanRMSNorm:
+            return ""
+        like = x.values.new_empty(x.shape, dtype=x.dtype) if isinstance(x, QuantizedRows) else x
+        heads = self.heads(like)  # what q, k and v will be like
         if heads.shape[-1] not in fp8_arithmetic.HEAD_DIMS or 2 * rope.shape[-1] != heads.shape[-1]:
-            return False  # what is wrong, the kernel itself says
-        check_mode(self.mode, v.device, dtype=v.dtype, head_dim=heads.shape[-1])
-        return auto.resolve(
-            self.mode, heads, heads, seq_lens,
-            lambda name: attention(heads, heads, heads, mode=name, k_lens=seq_lens),
-        ) == "fp8"
+            return ""  # what is wrong, the kernel itself says
+        check_mode(self.mode, heads.device, dtype=heads.dtype, head_dim=heads.shape[-1])
+
+        kernel = auto.resolve(
+            self.mode, heads, heads, seq_lens, lambda name: self._tried(name, x, seq_lens)
+        )
+        if kernel == "fp8":
+            return kernel if self._eps() is not None else ""
+        rows = isinstance(x, QuantizedRows) and all_take_rows([self.q, self.k, self.v])
+        short = rope.shape[-3] <= heads.shape[1]
+        return kernel if kernel == "fp16" and rows and short and seq_lens is None else ""
+
+    def _tried(self, name: str, x: State, seq_lens: torch.Tensor | None) -> torch.Tensor:
+        """Attention of x (B, L, C) to itself in mode ``name``, to be timed."""
+        heads = self.heads(x.dequantised() if isinstance(x, QuantizedRows) else x)
+        return attention(heads, heads, heads, mode=name, k_lens=seq_lens)
 
     def forward_ip(
         self,

@@ -54,7 +54,7 @@ def _vector(start, columns, inside):
 
 
 @triton.jit
-def _both(start, low, high, inside, there):
+def both(start, low, high, inside, there):
     """The two parts of a row in fp32."""
     first = tl.load(start + low, mask=there, other=0.0).to(tl.float32)
     return first, tl.load(start + high, mask=inside & there, other=0.0).to(tl.float32)
@@ -108,25 +108,25 @@ def norm_quantise(
     low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH)
     inside = high < width
     if AFFINE:
-        grown_a, grown_b = _both(weight, low, high, inside, True)
-        moved_a, moved_b = _both(bias, low, high, inside, True)
+        grown_a, grown_b = both(weight, low, high, inside, True)
+        moved_a, moved_b = both(bias, low, high, inside, True)
     if MODULATED and not PER_TOKEN:
-        up_a, up_b = _both(scale + batch * sc_b, low, high, inside, True)
-        down_a, down_b = _both(shift + batch * sh_b, low, high, inside, True)
+        up_a, up_b = both(scale + batch * sc_b, low, high, inside, True)
+        down_a, down_b = both(shift + batch * sh_b, low, high, inside, True)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         token = first + i
         there = token < tokens
         start = x + batch * x_b + token * x_t
-        a, b = _both(start, low * x_c, high * x_c, inside, there)
+        a, b = both(start, low * x_c, high * x_c, inside, there)
         a, b = _normed(a, b, width, inside, eps)
         if AFFINE:
             a, b = a * grown_a + moved_a, b * grown_b + moved_b
         if MODULATED:
             if PER_TOKEN:
                 start = scale + batch * sc_b + token * sc_t
-                up_a, up_b = _both(start, low, high, inside, there)
+                up_a, up_b = both(start, low, high, inside, there)
                 start = shift + batch * sh_b + token * sh_t
-                down_a, down_b = _both(start, low, high, inside, there)
+                down_a, down_b = both(start, low, high, inside, there)
             a, b = a * (1.0 + up_a) + down_a, b * (1.0 + up_b) + down_b
         row = batch * tokens + token
         _store_both(a, b, values, scales, row, width, low, high, inside, there)
@@ -144,24 +144,24 @@ def add_norm_quantise(
     low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH)
     inside = high < width
     if AFFINE:
-        grown_a, grown_b = _both(weight, low, high, inside, True)
-        moved_a, moved_b = _both(bias, low, high, inside, True)
+        grown_a, grown_b = both(weight, low, high, inside, True)
+        moved_a, moved_b = both(bias, low, high, inside, True)
     if GATED and not PER_TOKEN:
-        gate_a, gate_b = _both(gate + batch * g_b, low, high, inside, True)
+        gate_a, gate_b = both(gate + batch * g_b, low, high, inside, True)
     if MODULATED and not PER_TOKEN:
-        up_a, up_b = _both(scale + batch * sc_b, low, high, inside, True)
-        down_a, down_b = _both(shift + batch * sh_b, low, high, inside, True)
+        up_a, up_b = both(scale + batch * sc_b, low, high, inside, True)
+        down_a, down_b = both(shift + batch * sh_b, low, high, inside, True)
     for i in tl.range(0, ROWS, num_stages=STAGES):
         token = first + i
         there = token < tokens
         start = x + batch * x_b + token * x_t
-        a, b = _both(start, low * x_c, high * x_c, inside, there)
+        a, b = both(start, low * x_c, high * x_c, inside, there)
         start = branch + batch * b_b + token * b_t
-        more_a, more_b = _both(start, low * b_c, high * b_c, inside, there)
+        more_a, more_b = both(start, low * b_c, high * b_c, inside, there)
         if GATED:
             if PER_TOKEN:
                 start = gate + batch * g_b + token * g_t
-                gate_a, gate_b = _both(start, low, high, inside, there)
+                gate_a, gate_b = both(start, low, high, inside, there)
             more_a, more_b = more_a * gate_a, more_b * gate_b
         # The norm is of what is stored.
         stored_a = (a + more_a).to(total.dtype.element_ty)
@@ -175,9 +175,9 @@ def add_norm_quantise(
         if MODULATED:
             if PER_TOKEN:
                 start = scale + batch * sc_b + token * sc_t
-                up_a, up_b = _both(start, low, high, inside, there)
+                up_a, up_b = both(start, low, high, inside, there)
                 start = shift + batch * sh_b + token * sh_t
-                down_a, down_b = _both(start, low, high, inside, there)
+                down_a, down_b = both(start, low, high, inside, there)
             a, b = a * (1.0 + up_a) + down_a, b * (1.0 + up_b) + down_b
         _store_both(a, b, values, scales, row, width, low, high, inside, there)
 

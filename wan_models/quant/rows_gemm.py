@@ -26,15 +26,18 @@ from wan_models.quant.fused_triton import column_stride, on
 TILE = 128, 256, 128
 #: Tiles of rows that share columns of the weight while these are in the L2 cache.
 GROUP = 16
+#: Types of results as Triton names them.
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
 def row_scaled_product(
     a, b, c, row_scale, column_scale, bias, m, n, k, c_s,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, BIAS: tl.constexpr,
+    PROGRAMS: tl.constexpr, BIAS: tl.constexpr, ROUNDED: tl.constexpr,
 ):
-    """c = row_scale * column_scale * a b^T + bias, by tensor descriptors a, b and c."""
+    """c = row_scale * column_scale * a b^T + bias, by tensor descriptors a, b and c; of the digits
+    of ROUNDED."""
     tiles_m, tiles_n, steps = tl.cdiv(m, BM), tl.cdiv(n, BN), tl.cdiv(k, BK)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
         first = tile // (GROUP * tiles_n) * GROUP
@@ -50,10 +53,10 @@ def row_scaled_product(
         low, high = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
         columns = at_n + tl.arange(0, BN // 2)
         low = _finished(low * scale, column_scale, bias, columns, n, c_s, BIAS)
-        c.store([at_m, at_n], low.to(c.dtype))
+        c.store([at_m, at_n], low.to(ROUNDED).to(c.dtype))
         columns += BN // 2
         high = _finished(high * scale, column_scale, bias, columns, n, c_s, BIAS)
-        c.store([at_m, at_n + BN // 2], high.to(c.dtype))
+        c.store([at_m, at_n + BN // 2], high.to(ROUNDED).to(c.dtype))
 
 
 @triton.jit
@@ -68,12 +71,12 @@ def _finished(acc, column_scale, bias, columns, n, c_s, BIAS: tl.constexpr):
 def run(
     values: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor,
     column_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, stored: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Arguments of :func:`wan_models.quant.rows_linear.fp8_rows_linear`; to ``out`` if given."""
     (rows, depth), columns = values.shape, weight.shape[0]
     if out is None:
-        out = torch.empty((rows, columns), dtype=dtype, device=values.device)
+        out = torch.empty((rows, columns), dtype=stored or dtype, device=values.device)
     if rows:
         programs = multiprocessors(values.device)
         bm, bn, bk = TILE
@@ -83,7 +86,7 @@ def run(
                 descriptor(out, bm, bn // 2), row_scale, column_scale, bias,
                 rows, columns, depth, column_stride(column_scale),
                 BM=bm, BN=bn, BK=bk, GROUP=GROUP, PROGRAMS=programs, BIAS=bias is not None,
-                num_warps=8, num_stages=4,
+                ROUNDED=TYPES[dtype], num_warps=8, num_stages=4,
             )
     return out
 

@@ -29,19 +29,21 @@ SOURCE = (
 def product_into(
     out: torch.Tensor | None, values: torch.Tensor, row_scale: torch.Tensor,
     weight: torch.Tensor, column_scale: torch.Tensor, bias: torch.Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, stored: torch.dtype | None = None,
 ) -> torch.Tensor:
     """What :func:`fp8_rows_linear` does, to ``out`` (M, N), dense, if that is given."""
     if values.is_cuda:
         from wan_models.quant import rows_gemm
 
         if rows_gemm.pays(values, weight):
-            return rows_gemm.run(values, row_scale, weight, column_scale, bias, dtype, out)
+            return rows_gemm.run(
+                values, row_scale, weight, column_scale, bias, dtype, out, stored
+            )
     # A CPU has no row-wise scales in torch 2.11.
     if dtype != torch.bfloat16 or not values.is_cuda:
         made = bare_product(values, weight).float() * (row_scale * column_scale)
         made = (made if bias is None else made + bias.float()).to(dtype)
-        return made if out is None else out.copy_(made)
+        return made.to(stored or dtype) if out is None else out.copy_(made)
     columns = weight.shape[0]
     scales = {
         "scale_a": row_scale.reshape(-1).unsqueeze(1),  # stride 1 without rows, too
@@ -51,7 +53,7 @@ def product_into(
         "use_fast_accum": True,
     }
     if out is None:
-        return torch._scaled_mm(values, weight.t(), **scales)
+        return torch._scaled_mm(values, weight.t(), **scales).to(stored or dtype)
     return torch._scaled_mm(values, weight.t(), **scales, out=out)
 
 
@@ -59,6 +61,7 @@ def product_into(
 def fp8_rows_linear(
     values: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor,
     column_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+    stored: torch.dtype | None = None,
 ) -> torch.Tensor:
     """row_scale * column_scale * values weight^T + bias, by the fastest kernel for the sizes.
 
@@ -72,19 +75,23 @@ def fp8_rows_linear(
         column_scale: (N,), or (1,) for one scale of the whole weight; fp32.
         bias: (N,) or None.
         dtype: of the result.
+        stored: the type in which it is returned, if not in ``dtype``; rounded to ``dtype`` it is
+            all the same. For :mod:`wan_models.attention.fp16`: a product in fp16 takes less power
+            and so less time on numbers that have zeros where bf16 ends.
 
     Returns:
-        (M, N) ``dtype``, dense.
+        (M, N), dense.
     """
-    return product_into(None, values, row_scale, weight, column_scale, bias, dtype)
+    return product_into(None, values, row_scale, weight, column_scale, bias, dtype, stored)
 
 
 @fp8_rows_linear.register_fake
 def _(
     values: torch.Tensor, row_scale: torch.Tensor, weight: torch.Tensor,
     column_scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype,
+    stored: torch.dtype | None = None,
 ) -> torch.Tensor:
-    return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=stored or dtype)
 
 
 bind("wan_models::fp8_rows_linear", ("values", "weight"), MATRIX, SOURCE)
@@ -96,14 +103,15 @@ def rows_linear(
     weight: torch.Tensor,
     column_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    stored: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y = s_row * s_column * Q(x) Q(W)^T + b: (..., N) in the type of ``x`` (..., K).
+    """y = s_row * s_column * Q(x) Q(W)^T + b: (..., N) in the type of ``x`` (..., K), or ``stored``.
 
     The other arguments as of :func:`fp8_rows_linear`.
     """
     out = fp8_rows_linear(
         x.values.reshape(-1, x.shape[-1]), x.scale.reshape(-1, 1), weight, column_scale, bias,
-        x.dtype,
+        x.dtype, stored,
     )
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
