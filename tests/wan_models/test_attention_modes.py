@@ -65,7 +65,7 @@ def test_ops_are_exact_in_fp32(gpu_packages, name):
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", [*SDPA_ON_CPU, *PACKAGE_MODES, "fp8"])
+@pytest.mark.parametrize("mode", [*SDPA_ON_CPU, *PACKAGE_MODES, "fp8", "fp16"])
 def test_layouts_give_the_values_of_dense_operands(gpu_packages, mode, masked, layout):
     pretend_for(gpu_packages, mode)
     dense = operands(dtype=BF16)
@@ -75,7 +75,7 @@ def test_layouts_give_the_values_of_dense_operands(gpu_packages, mode, masked, l
     lens = torch.tensor([9, 4]) if masked else None
     torch.testing.assert_close(
         attention(*views, mode=mode, k_lens=lens), attention(*dense, mode=mode, k_lens=lens),
-        rtol=0, atol=0 if mode in (*PACKAGE_MODES, "fp8") else 2**-8,
+        rtol=0, atol=0 if mode in (*PACKAGE_MODES, "fp8", "fp16") else 2**-8,
     )
 
 
@@ -93,6 +93,7 @@ def every_call(layout=lambda x: x) -> dict[str, tuple]:
         "sageattn": (q, k, v), "sageattn_masked": (q, k, v, lens),
         "sageattn_3": (q, k, v), "sageattn_3_masked": (q, k, v, lens),
         "fp8_attention": (q, k, v, lens),
+        "fp16_attention": (*(x.half() for x in (q, k, v)), lens, BF16),
     }
 
 
@@ -180,7 +181,7 @@ def test_sage_calls_the_kernel_once_for_samples_of_one_length(gpu_packages, name
 def test_host_reads_are_marked():
     for op in (OPS.sageattn_masked, OPS.sageattn_3_masked):
         assert torch.Tag.cudagraph_unsafe in op.default.tags
-    for op in (OPS.sageattn, OPS.flash_attn_3_varlen, OPS.fp8_attention):
+    for op in (OPS.sageattn, OPS.flash_attn_3_varlen, OPS.fp8_attention, OPS.fp16_attention):
         assert torch.Tag.cudagraph_unsafe not in op.default.tags
 
 
@@ -193,7 +194,7 @@ def test_packed_sequences():
     assert packed.k.data_ptr() == k.data_ptr()  # nothing is gathered
 
 
-@pytest.mark.parametrize("mode", [*PACKAGE_MODES, "fp8"])
+@pytest.mark.parametrize("mode", [*PACKAGE_MODES, "fp8", "fp16"])
 @pytest.mark.parametrize("layout", [cases.misaligned, cases.strided], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("masked", [False, True])
 def test_contig_safe_supplies_the_layout(gpu_packages, mode, layout, masked):
@@ -209,9 +210,9 @@ def test_contig_safe_supplies_the_layout(gpu_packages, mode, layout, masked):
         return attention(q, k, v, mode=mode, k_lens=lens)
 
     # SageAttention 3 copies what is not dense, and k always; packing copies what does not merge.
-    # What FlashAttention 3 takes in 8 bits is cast, and so fresh, but in the order of its source.
+    # What is cast, to 8 bits or to fp16, is fresh, but in the order of its source.
     copies = mode.startswith("sageattn_3") or (
-        mode == "flash_attn_3_fp8" and layout is cases.misaligned
+        mode in ("flash_attn_3_fp8", "fp16") and layout is cases.misaligned
     ) or (mode.startswith("flash") and masked and layout is cases.strided)
     if not (copies or (mode == "fp8" and layout is cases.misaligned)):
         with pytest.raises((RuntimeError, ValueError), match=r"misaligned|contiguous|unit-stride"):
@@ -231,7 +232,7 @@ def test_contig_safe_supplies_the_layout(gpu_packages, mode, layout, masked):
 def test_lengths_are_no_constants(gpu_packages):
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     q, k, v = operands(dtype=BF16)
-    for mode in ("sdpa", "flash_attn_2", "sageattn", "fp8"):
+    for mode in ("sdpa", "flash_attn_2", "sageattn", "fp8", "fp16"):
         torch._dynamo.reset()
         counted.clear()
         pretend_for(gpu_packages, mode)
@@ -249,7 +250,7 @@ def test_lengths_are_no_constants(gpu_packages):
 
 def test_one_graph_for_several_sizes(gpu_packages):
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    for mode in ("sdpa", "flash_attn_2", "sageattn_3", "fp8"):
+    for mode in ("sdpa", "flash_attn_2", "sageattn_3", "fp8", "fp16"):
         torch._dynamo.reset()
         counted.clear()
         cases.pretend(gpu_packages, cases.CAPABILITIES.get(mode))

@@ -139,7 +139,7 @@ def test_nothing_is_needed_where_nothing_is_computed(bare, mode):
     check_mode(mode, torch.device("meta"), masked=True, dtype=BF16, head_dim=128)
 
 
-@pytest.mark.parametrize("mode", [*PACKAGE_MODES, "fp8", "sdpa"])
+@pytest.mark.parametrize("mode", [*PACKAGE_MODES, "fp8", "fp16", "sdpa"])
 def test_full_size_on_the_meta_device(bare, mode):
     q = torch.empty(1, 75_600, 40, 128, dtype=BF16, device="meta")
     k = torch.empty(1, 512, 40, 128, dtype=BF16, device="meta")
@@ -169,6 +169,8 @@ def test_fp8_on_a_gpu_needs_8_9_and_triton():
         (lambda q: attention(q, q, q, radial=object()), "'sdpa' takes no radial pattern"),
         (lambda q: attention(q[..., :48], q[..., :48], q[..., :48], mode="fp8"), "got 48"),
         (lambda q: attention(*[cases.strided(q)] * 3, mode="fp8"), "q must be unit-stride"),
+        (lambda q: attention(q, q, q, mode="fp16"), "'fp16': bfloat16 or float16 needed"),
+        (lambda q: attention(*[cases.strided(q.half())] * 3, mode="fp16"), "q must be unit-stride"),
         (lambda q: check_mode("sdpa_efficient", CPU), "needs a CUDA device, got cpu"),
         (lambda q: check_mode("sdpa_flash", CUDA, dtype=torch.float32), "bfloat16 or float16"),
     ],

@@ -14,8 +14,9 @@ from wan_models.attention.modes import AUTO, MODES
 
 BF16 = torch.bfloat16
 TIMES = {
-    "fp16": 3.5,"sdpa": 3.0, "flash_attn_2": 5.0, "flash_attn_3": 2.0, "flash_attn_4": 4.0, "fp8": 1.5,
-         "flash_attn_3_fp8": 1.25, "sageattn": 1.75}
+    "fp16": 3.5, "sdpa": 3.0, "flash_attn_2": 5.0, "flash_attn_3": 2.0, "flash_attn_4": 4.0,
+    "fp8": 1.5, "flash_attn_3_fp8": 1.25, "sageattn": 1.75,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from tests.wan_models import attention_cases as cases
 from tests.wan_models.attention_cases import exact, relative_error
 from tests.wan_models.triton_kernels import (
     compiled,
+    gluon_compiled,
     interpreted,
     needs_interpreter,
     needs_triton,
@@ -272,9 +273,6 @@ def test_the_passes_compile_and_fit(sm, block, fused):
 @pytest.mark.parametrize("size", fp8_arithmetic.HEAD_DIMS)
 def test_the_kernel_for_hopper_compiles_and_fits(size):
     """Both products on the 8-bit tensor cores, operands by TMA, no register to memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile
-    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     from wan_models.attention import fp8_hopper as hopper
@@ -283,20 +281,14 @@ def test_the_kernel_for_hopper_compiles_and_fits(size):
         layout = NVMMASharedLayout(min(columns, 128), 8, 2)
         return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
 
-    names, block = hopper.attention.arg_names, hopper.BLOCK_N
+    block = hopper.BLOCK_N
     constants = {"D": size, "N": block, "STAGES": hopper.STAGES, "REGISTERS": hopper.REGISTERS}
     types = {"q": tiles(64, size), "k": tiles(block, size), "v": tiles(size, block),
              "q_scales": "*fp32", "k_scales": "*fp32", "v_scales": "*fp32", "lengths": "*i32",
-             "out": "*bf16"} | dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (at,): [["tt.divisibility", 16]] for at, name in enumerate(names)
-        if name not in (*constants, "q", "k", "v", "queries", "heads")
-    }
-    source = GluonASTSource(
-        hopper.attention, {name: types.get(name, "i32") for name in names},
-        {(names.index(name),): value for name, value in constants.items()}, aligned,
+             "out": "*bf16"}
+    kernel = gluon_compiled(
+        hopper.attention, types, constants, ("q", "k", "v", "queries", "heads")
     )
-    kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     text = kernel.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k32.f16.e4m3.e4m3" in text
     assert f"wgmma.mma_async.sync.aligned.m64n{size}k32.f32.e4m3.e4m3" in text

@@ -115,6 +115,11 @@ def test_products_of_rows(dtype):
         into = torch.full((33, 48), torch.nan, dtype=dtype)
         rows_linear.product_into(into, values, scale, weight, column_scale, bias, dtype)
         assert torch.equal(into, made)
+        half = rows_linear.fp8_rows_linear(
+            values, scale, weight, column_scale, bias, dtype, torch.float16
+        )
+        assert half.dtype == torch.float16
+        assert torch.equal(half, made.half())  # rounded to ``dtype`` all the same
 
 
 @pytest.mark.parametrize("tokens", [7, 33, 100])
@@ -144,6 +149,9 @@ def op_cases() -> dict[str, tuple]:
         "add_norm_quantise": (x, branch, gate, weight, bias, None, None, 1e-6),
         "gelu_quantise": (x[0], rows, torch.rand(64), bias),
         "fp8_rows_linear": (values, rows, w0, torch.rand(96), None, torch.float16),
+        "fp8_rows_linear in fp16": (
+            values, rows, w0, torch.rand(1), bias.repeat(2)[:96], BF16, torch.float16
+        ),
         "fp8_feed_forward": (
             values, rows, w0, torch.rand(96), None, w2, torch.rand(1), None, BF16
         ),
@@ -155,7 +163,7 @@ def op_cases() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("name", op_cases())
 def test_fakes_are_honest(name):
-    op, args = getattr(torch.ops.wan_models, name).default, op_cases()[name]
+    op, args = getattr(torch.ops.wan_models, name.split()[0]).default, op_cases()[name]
     tests = ["test_faketensor", "test_aot_dispatch_dynamic"]
     if all(arg.dtype != E4M3 for arg in args if isinstance(arg, torch.Tensor)):
         tests.append("test_schema")  # it multiplies its inputs, which torch cannot do in 8 bits
@@ -212,14 +220,13 @@ def test_one_quantisation_serves_q_k_and_v(recipe):
         assert names.count("expand_fp4") == 6
     ours = [name for name in names if name != "expand_fp4"]
     # v, then q and k, each of which is normed and turned in one pass.
-    product = "fp8_rows_linear"
-    assert ours[:6] == ["norm_quantise", product] + 2 * [product, "norm_rope"]
+    assert ours[:6] == ["norm_quantise", "fp8_rows_linear"] + 2 * ["fp8_bare_product", "norm_rope"]
     assert ours.count("norm_quantise") == 1
     assert ours.count("add_norm_quantise") == 2
     assert ours.count("fp8_feed_forward") == 1
-    # Beside q, k, v: o, and the text's q, k, v and o.
+    # Beside v: o, and the text's q, k, v and o.
     by_rows = ours.count("fp8_rows_linear") + ours.count("fp4_weight_linear")
-    assert by_rows == 8
+    assert by_rows == 6
     assert ours.count("quantise_rows") == (4 if recipe == ROWWISE else 0)
 
 
@@ -316,12 +323,17 @@ def test_kernels_quantise_as_the_formulas_do(name, count):
 @pytest.mark.parametrize(
     ("name", "count", "most"),
     # The interpreter cuts off what does not fit bf16: a step of it, not half a step.
-    [("total", 12, 2**-7), ("gemm", 6, 1e-6), ("few", 9, 2**-8)],
+    [("total", 12, 2**-7), ("gemm", 6, 1e-6), ("stored", 6, 2**-9), ("few", 9, 2**-8)],
 )
 def test_kernels_agree_with_the_exact_values(name, count, most):
     cases = interpreted()[name]
     assert len(cases) == count
     assert all(case["finite"] and case["error"] <= most for case in cases)
+
+
+@needs_interpreter
+def test_a_product_in_bf16_is_stored_in_fp16():
+    assert [(case["half"], case["same"]) for case in interpreted()["stored"]] == [(True, True)] * 6
 
 
 @needs_interpreter
@@ -376,7 +388,8 @@ def test_the_product_runs_on_hoppers_tensor_cores():
     }
     made = compiled(
         rows_gemm.row_scaled_product, types,
-        {"c_s": 1, "BM": bm, "BN": bn, "BK": bk, "GROUP": 16, "PROGRAMS": 132, "BIAS": True},
+        {"c_s": 1, "BM": bm, "BN": bn, "BK": bk, "GROUP": 16, "PROGRAMS": 132, "BIAS": True,
+         "ROUNDED": rows_gemm.TYPES[BF16]},
         90, num_warps=8, num_stages=4,
     )
     assert made.metadata.shared <= 227 * 1024

@@ -14,6 +14,7 @@ import contig_pass
 from tests.wan_models.attention_cases import exact, relative_error
 from tests.wan_models.triton_kernels import needs_interpreter
 from wan_models.attention import WanSelfAttention
+from wan_models.attention.fp16 import score_factor
 from wan_models.attention.norm_rope import norm_rope
 from wan_models.layers import WanRMSNorm
 from wan_models.quant import attach_lora, quantize_
@@ -46,12 +47,31 @@ def test_it_is_norm_and_rotary(dtype, bound):
         assert relative_error(got, by_modules(x, weight, table)) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_it_scales_as_scores_want_and_stores_in_another_type(dtype, scale, stored):
+    x, weight, table = operands(dtype)
+    factor = score_factor(DIM // HEADS) if scale else 1
+    wide = x.double()
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    wanted = apply_rope(wide.unflatten(-1, (HEADS, -1)).float(), table) * factor
+    for view in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        got = norm_rope(view, weight, table, 1e-6, scale, stored)
+        assert (got.dtype, got.is_contiguous()) == (stored, True)
+        assert torch.equal(got.to(dtype).to(stored), got)  # the digits of x's type, no more
+        digit = {torch.float32: 2**-24, torch.float16: 2**-11, BF16: 2**-8}
+        bound = max(digit[dtype], digit[stored])
+        assert ((got - wanted).abs() <= 1.02 * bound * wanted.abs() + 1e-6).all()
+    assert torch.equal(got, norm_rope(x, weight, table, 1e-6, scale).to(stored))
+
+
 def test_opcheck():
-    for tokens in (TOKENS, 1):
+    for tokens, others in ((TOKENS, ()), (1, ()), (TOKENS, (True, torch.float16)), (1, (True,))):
         x, weight, _ = operands()
         table = rope_table_1d(torch.arange(tokens), DIM // HEADS)
         torch.library.opcheck(
-            norm_rope, (x[:, :tokens], weight, table, 1e-6),
+            norm_rope, (x[:, :tokens], weight, table, 1e-6, *others),
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
         )
 
@@ -134,8 +154,11 @@ def test_the_kernel_in_the_interpreter():
     )
     assert run.returncode == 0, run.stderr
     cases = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(cases) == 18
+    assert len(cases) == 54
     for case in cases:
         assert case["error"] < 2e-5
         assert case["dense"]
         assert case["shape"]
+    stored = [case for case in cases if "half" in case]
+    assert len(stored) == 24
+    assert all(case["half"] and case["digits"] and case["narrow"] for case in stored)

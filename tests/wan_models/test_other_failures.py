@@ -240,6 +240,7 @@ def test_8_padded_keys_that_are_not_masked_are_attended() -> None:
 MODES = {
     "sdpa": 0.01, "sdpa_flash": 0.01, "sdpa_math": 0.01, "flash_attn_2": 0.01,
     "flash_attn_3": 0.01, "sageattn": 0.01, "sageattn_3": 0.01, "fp8": 0.1,
+    "fp16": 0.01,
 }
 
 
@@ -258,7 +259,7 @@ def test_8_padding_is_masked_in_every_mode(
         assert checks.error(run(*inputs)[:, :TOKENS], right) < MODES[mode]
 
 
-@pytest.mark.parametrize("mode", ["sageattn", "sageattn_3", "fp8", "radial"])
+@pytest.mark.parametrize("mode", ["sageattn", "sageattn_3", "fp8", "fp16", "radial"])
 def test_8_a_head_dimension_that_a_kernel_does_not_have_is_named(
     monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:

@@ -53,3 +53,30 @@ def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: in
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     return compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def gluon_compiled(
+    kernel, types: dict[str, str], constants: dict[str, object], unaligned: tuple[str, ...]
+):
+    """A Gluon ``kernel`` compiled for Hopper, four warps in its first group.
+
+    Args:
+        types: of the runtime arguments that are no i32.
+        constants: the constexpr arguments.
+        unaligned: runtime arguments that are not multiples of 16.
+    """
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = kernel.arg_names
+    types = types | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, name in enumerate(names)
+        if name not in (*constants, *unaligned)
+    }
+    source = GluonASTSource(
+        kernel, {name: types.get(name, "i32") for name in names},
+        {(names.index(name),): value for name, value in constants.items()}, aligned,
+    )
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

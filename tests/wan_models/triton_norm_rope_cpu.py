@@ -18,7 +18,9 @@ from triton.runtime import interpreter
 from tests.wan_models.triton_cpu import _exactly
 from tests.wan_models.triton_quant_cpu import column_major, head_major, poisoned
 from wan_models.attention import norm_rope_triton
+from wan_models.attention.fp16 import score_factor
 from wan_models.quant import fused_triton
+from wan_models.quant.rows import Deferred
 from wan_models.rope import apply_rope, rope_table_1d
 
 
@@ -42,6 +44,43 @@ def cases() -> None:
                 "shape": made.shape == wanted.shape,
             }
             sys.stdout.write(json.dumps(facts) + "\n")
+        for dtype in (torch.float32, torch.bfloat16):
+            stored_cases(x.to(dtype), weight, table)
+        deferred_cases(x, weight, table)
+
+
+def deferred_cases(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor) -> None:
+    """Sums whose scales and bias are applied on the way."""
+    rows = torch.rand(*x.shape[:-1], 1) + 0.1
+    for columns, bias in ((torch.rand(x.shape[-1]) + 0.1, torch.randn(x.shape[-1])),
+                          (torch.rand(1) + 0.1, None)):
+        wide = Deferred(x.double(), rows.double(), columns.double(), bias).wide()
+        wanted = norm_rope_triton.run(wide.float(), weight, table, 1e-6)
+        made = norm_rope_triton.run(x, weight, table, 1e-6, False, None, rows, columns, bias)
+        facts = {
+            "error": (made - wanted).abs().max().item() / 8, "dense": made.is_contiguous(),
+            "shape": made.shape == wanted.shape,
+        }
+        sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def stored_cases(x: torch.Tensor, weight: torch.Tensor, table: torch.Tensor) -> None:
+    """In fp16, with the factor of queries and without: the digits are those of x's type."""
+    wide, half = x.double(), table.shape[-1]
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    turned = apply_rope(wide.unflatten(-1, (-1, 2 * half)).float(), table)
+    for scale in (False, True):
+        wanted = turned * (score_factor(2 * half) if scale else 1)
+        made = norm_rope_triton.run(head_major(x), weight, table, 1e-6, scale, torch.float16)
+        # Half of the last digit is allowed, once in bf16 or in fp16 alone.
+        digit = wanted.abs() * 2.0 ** (-8 if x.dtype == torch.bfloat16 else -11)
+        facts = {
+            "error": ((made - wanted).abs() - digit).max().item(), "dense": made.is_contiguous(),
+            "shape": made.shape == wanted.shape, "half": made.dtype == torch.float16,
+            "digits": torch.equal(made.to(x.dtype).half(), made),
+            "narrow": torch.equal(made.bfloat16().half(), made) == (x.dtype == torch.bfloat16),
+        }
+        sys.stdout.write(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

@@ -140,6 +140,14 @@ def gemm_cases() -> None:
             wanted = wanted if added is None else wanted + added.double()
             error = (made.double() - wanted).norm() / wanted.norm()
             emit("gemm", error=error.item(), finite=bool(made.isfinite().all()))
+            parts = pitched, scale, weight, columns, added, BF16
+            made, narrow = rows_gemm.run(*parts, stored=torch.float16), rows_gemm.run(*parts)
+            error = (made.double() - wanted).norm() / wanted.norm()
+            emit(
+                "stored", error=error.item(), finite=bool(made.isfinite().all()),
+                half=made.dtype == torch.float16 and made.is_contiguous(),
+                same=torch.equal(made, narrow.half()) and torch.equal(made.bfloat16(), narrow),
+            )
 
 
 def fp4_cases() -> None:

@@ -2,13 +2,16 @@
 
 Scores are sums of fp16 products kept in fp16, in units of log2 e / sqrt(D): q brings that factor.
 Weights are powers of two of their differences to the largest score so far, in fp16 too, and
-weighted sums of v are fp32. So a score s is off by up to about 2^-11 |s|, where a bf16 kernel's is
-by what rounding q and k to 8 bits costs; weights have 11 bits instead of 8. Against float64 on
-random normal bf16 inputs of 32,760 tokens (H100): relative error 0.0012, FlashAttention 3 0.0023.
+weighted sums of v are fp32. So a score s is off by up to some 2^-11 |s|, about as much as rounding q
+and k to bf16 has moved it before, and weights have 11 bits where a bf16 kernel's have 8. Against
+float64 on bf16 operands of 32,760 tokens (H100), relative errors beside FlashAttention 3's: 0.0019
+and 0.0023 on normal ones; 0.0103 and 0.0017 with q and k four times as large, where rounding them
+to bf16 costs 0.008 to 0.014 by itself.
 
-fp16 reaches to 65,504. What lies beyond in k, in v or in a score becomes an infinity there and NaN
-in the result, never a finite wrong value; the normed queries and keys of a Wan model are at most
-sqrt(C) times their norm's weight.
+fp16 reaches to 65,504. Where a number of q (times that factor), of k or of v lies beyond, the
+results that it has a part in are NaN or infinite; a score below -65,504 counts as minus infinity,
+and where all of a query's do, its result is NaN. The normed queries and keys of a Wan model are at
+most sqrt(C) times their norm's weight.
 
 On a Hopper GPU this is :mod:`wan_models.attention.fp16_hopper`; on the CPU the same arithmetic in
 torch.
@@ -43,8 +46,16 @@ def run(
         lengths = k_lens.to(k.device)
         valid = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
         # Beyond the lengths may lie what is not finite, and 0 times that is NaN.
-        v = torch.where(valid[..., None, None], v, 0)
-    return fp16_attention(scaled(q).half(), k.half(), v.half(), lengths, q.dtype)
+        k, v = (torch.where(valid[..., None, None], x, 0) for x in (k, v))
+    return fp16_attention(narrowed(scaled(q)), narrowed(k), v.half(), lengths, q.dtype)
+
+
+def narrowed(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in fp16, NaN where it does not fit: an infinity would make a key weigh nothing."""
+    if x.dtype == torch.float16:
+        return x
+    half = x.half()
+    return torch.where(half.isinf(), torch.nan, half)
 
 
 def score_factor(size: int) -> float:
@@ -70,7 +81,7 @@ def fp16_attention(
 
     Args:
         q: (B, L, H, D) fp16, as :func:`scaled` makes it.
-        k, v: (B, S, H, D) fp16; v finite beyond ``k_lens``, too.
+        k, v: (B, S, H, D) fp16; finite beyond ``k_lens``, too.
         k_lens: (B,) on the device of k, or None.
         dtype: of the result.
 
@@ -98,18 +109,18 @@ def reference(
 ) -> torch.Tensor:
     """What the kernel computes, all keys at once: (B, L, H, D) fp32, dense. Arguments as of the op.
     """
-    scores = torch.einsum("blhd,bshd->bhls", q.float(), k.float()).half()
-    if k_lens is not None:
-        beyond = torch.arange(k.shape[1], device=k.device) >= k_lens[:, None]
-        scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
-    if not k.shape[1]:
+    keys = k.shape[1]
+    if not keys:
         return q.new_zeros(q.shape, dtype=torch.float32)
-    top = scores.amax(-1, keepdim=True)
-    # Without a valid key all are -inf.
-    top = torch.where(top == -torch.inf, 0, top)
+    scores = torch.einsum("blhd,bshd->bhls", q.float(), k.float()).half()
+    counts = torch.full((k.shape[0],), keys, device=k.device) if k_lens is None else k_lens
+    beyond = torch.arange(keys, device=k.device) >= counts[:, None]
+    scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=-65504)
     weights = torch.exp2((scores - top).float()).half().float()
     total = weights.sum(-1, keepdim=True)
-    made = torch.einsum("bhls,bshd->bhld", weights, v.float()) / torch.where(total == 0, 1, total)
+    total = torch.where((counts > 0)[:, None, None, None], total, 1)  # zeros without a valid key
+    made = torch.einsum("bhls,bshd->bhld", weights, v.float()) / total
     return made.transpose(1, 2).contiguous()
 
 

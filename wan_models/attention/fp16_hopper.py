@@ -161,7 +161,7 @@ def _consume(
     part = warpgroup_mma(_operand(packed, N, S, A), values, acc, is_async=True)
     acc = warpgroup_mma_wait(0, [part])
     sums = gl.convert_layout(total, acc_rows)
-    acc = acc / gl.where(sums == 0, 1.0, sums).expand_dims(1)
+    acc = acc / gl.where(count > 0, sums, 1.0).expand_dims(1)  # zeros without a valid key
     channels = gl.arange(0, D, gl.SliceLayout(0, A))
     tokens = first + gl.arange(0, 64, acc_rows)
     pointers = out + tokens.to(gl.int64).expand_dims(1) * out_t + channels.expand_dims(0)
@@ -261,7 +261,8 @@ def forward(
     if out.numel():
         with torch.cuda.device(q.device):
             attention[(triton.cdiv(queries, 3 * ROWS), batch * heads)](
-                _tiles(q, ROWS), _tiles(k, BLOCK), _tiles(v, BLOCK), k_lens, out,
+                _tiles(q, ROWS), _tiles(k, BLOCK), _tiles(v, BLOCK),
+                None if k_lens is None else k_lens.contiguous(), out,
                 *out.stride()[:3], heads, queries, keys,
                 MASKED=k_lens is not None, D=size, N=BLOCK, STAGES=STAGES, REGISTERS=REGISTERS,
                 num_warps=4,

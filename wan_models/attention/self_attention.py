@@ -13,9 +13,11 @@ from wan_models.attention.kernels import attention, check_mode
 from wan_models.attention.norm_rope import fits, norm_rope
 from wan_models.attention.speakers import reference_map
 from wan_models.layers import WanRMSNorm
+from wan_models.quant.fused import rows_of
+from wan_models.quant.linear import QuantizedLinear
 from wan_models.quant.producers import State, all_take_rows
 from wan_models.quant.rows import QuantizedRows
-from wan_models.quant.rows_linear import rows_linear
+from wan_models.quant.rows_linear import deferred, rows_linear
 from wan_models.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -45,20 +47,34 @@ class WanSelfAttention(QKVAttention):
     def _turned(
         self, norm: nn.Module, projection: nn.Module, x: State, rope: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B, L, H, D) of x (B, L, C): projected, normed, and turned if there is a table.
+        """(B, L, H, D) of x (B, L, C): projected, normed, and turned if there is a table."""
+        if rope is not None and self._in_one_pass(norm, projection, rope, x.shape[1]):
+            return self._turned_in_one_pass(norm, projection, x, rope)
+        made = self.heads(norm(projection(x)))
+        return made if rope is None else apply_rope(made, rope)
 
-        Norm and rotary are one pass after a projection that takes quantised rows: such a layer is
-        for inference, and rounds more than that pass does."""
-        made = projection(x)
-        if rope is None:
-            return self.heads(norm(made))
-        if self._in_one_pass(norm, projection) and fits(made, rope, self.num_heads):
-            return norm_rope(made, norm.weight, rope, norm.constant_eps())
-        return apply_rope(self.heads(norm(made)), rope)  # what is wrong with the table, this says
+    def _in_one_pass(
+        self, norm: nn.Module, projection: nn.Module, rope: torch.Tensor, tokens: int
+    ) -> bool:
+        """Whether norm and rotary may be one pass: such a layer is for inference, and rounds more
+        than that pass does. What is wrong with a table that does not fit, ``apply_rope`` says."""
+        if type(norm) is not WanRMSNorm or not all_take_rows([projection]):
+            return False
+        return fits(projection.out_features, rope, self.num_heads, tokens)
 
     @staticmethod
-    def _in_one_pass(norm: nn.Module, projection: nn.Module) -> bool:
-        return type(norm) is WanRMSNorm and all_take_rows([projection])
+    def _turned_in_one_pass(
+        norm: WanRMSNorm, projection: QuantizedLinear, x: State, rope: torch.Tensor,
+        scale: bool = False, dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """What :func:`wan_models.attention.norm_rope.norm_rope` makes of the projection of x."""
+        if x.dtype != torch.bfloat16:  # the bare sums are of that type
+            return norm_rope(
+                projection(x), norm.weight, rope, norm.constant_eps(), scale, dtype
+            )
+        rows = x if isinstance(x, QuantizedRows) else rows_of(x)
+        sums, *rest = deferred(rows, *projection.operands(), projection.bias)
+        return norm_rope(sums, norm.weight, rope, norm.constant_eps(), scale, dtype, *rest)
 
     def forward(
         self, x: State, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
@@ -78,12 +94,9 @@ class WanSelfAttention(QKVAttention):
             out = fp8_fused.attend(self.q(x), self.k(x), *v, *norms, rope, self._eps(), seq_lens)
         elif fused == "fp16":
             v = rows_linear(x, *self.v.operands(), self.v.bias, torch.float16)
-            q, k = (
-                norm_rope(made, norm.weight, rope, norm.constant_eps(), scale, torch.float16)
-                for made, norm, scale in (
-                    (self.q(x), self.norm_q, True), (self.k(x), self.norm_k, False),
-                )
-            )
+            half = torch.float16
+            q = self._turned_in_one_pass(self.norm_q, self.q, x, rope, True, half)
+            k = self._turned_in_one_pass(self.norm_k, self.k, x, rope, False, half)
             out = fp16.fp16_attention(q, k, self.heads(v), None, x.dtype)
         else:
             v = self.v(x)
@@ -118,9 +131,12 @@ class WanSelfAttention(QKVAttention):
         )
         if kernel == "fp8":
             return kernel if self._eps() is not None else ""
-        rows = isinstance(x, QuantizedRows) and all_take_rows([self.q, self.k, self.v])
-        short = rope.shape[-3] <= heads.shape[1]
-        return kernel if kernel == "fp16" and rows and short and seq_lens is None else ""
+        rows = isinstance(x, QuantizedRows) and all_take_rows([self.v]) and seq_lens is None
+        turned = (
+            self._in_one_pass(norm, projection, rope, heads.shape[1])
+            for norm, projection in ((self.norm_q, self.q), (self.norm_k, self.k))
+        )
+        return kernel if kernel == "fp16" and rows and all(turned) else ""
 
     def _tried(self, name: str, x: State, seq_lens: torch.Tensor | None) -> torch.Tensor:
         """Attention of x (B, L, C) to itself in mode ``name``, to be timed."""

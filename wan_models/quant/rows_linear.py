@@ -14,7 +14,7 @@ import torch
 
 from contig_pass import AlignedPitch, AlignedPointer, Dense, RowMajor
 from wan_models.quant.binding import bind
-from wan_models.quant.rows import QuantizedRows
+from wan_models.quant.rows import Deferred, QuantizedRows
 
 #: A matrix that ``_scaled_mm`` and tensor descriptors take: rows on 16 bytes, any pitch of such.
 MATRIX = (RowMajor(), AlignedPointer(16), AlignedPitch(16))
@@ -35,7 +35,8 @@ def product_into(
     if values.is_cuda:
         from wan_models.quant import rows_gemm
 
-        if rows_gemm.pays(values, weight):
+        in_one = dtype == torch.bfloat16 and stored in (None, dtype)
+        if rows_gemm.pays(values, weight, in_one):
             return rows_gemm.run(
                 values, row_scale, weight, column_scale, bias, dtype, out, stored
             )
@@ -105,7 +106,7 @@ def rows_linear(
     bias: torch.Tensor | None,
     stored: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y = s_row * s_column * Q(x) Q(W)^T + b: (..., N) in the type of ``x`` (..., K), or ``stored``.
+    """y = s_row * s_column * Q(x) Q(W)^T + b: (..., N) in the type of ``x`` (..., K) or ``stored``.
 
     The other arguments as of :func:`fp8_rows_linear`.
     """
@@ -114,6 +115,29 @@ def rows_linear(
         x.dtype, stored,
     )
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("wan_models::fp8_bare_product", mutates_args=())
+def fp8_bare_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """:func:`bare_product` in bf16 on every device."""
+    return bare_product(values, weight).to(torch.bfloat16)
+
+
+@fp8_bare_product.register_fake
+def _(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+bind("wan_models::fp8_bare_product", ("values", "weight"), MATRIX, SOURCE)
+
+
+def deferred(
+    x: QuantizedRows, weight: torch.Tensor, column_scale: torch.Tensor, bias: torch.Tensor | None
+) -> Deferred:
+    """:func:`rows_linear` of ``x`` (..., K) with scales and bias left to who reads it."""
+    sums = fp8_bare_product(x.values.reshape(-1, x.shape[-1]), weight)
+    sums = sums.reshape(*x.shape[:-1], weight.shape[0])
+    return Deferred(sums, x.scale, column_scale, bias)
 
 
 def bare_product(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
