@@ -212,9 +212,6 @@ def gelu_quantise(
 
 #: Rows of a program where there are enough of them to keep every multiprocessor busy.
 ROWS = 8
-#: The same for GELU, whose three vectors of 13,824 numbers are the most to read: 0.142 ms with 32
-#: rows, 0.161 with 8 (8,448 rows, H100).
-GELU_ROWS = 32
 #: Rows in registers or on their way there, one of them at hand.
 STAGES = 3
 #: Least number of rows for which a program takes more than one.
@@ -232,9 +229,9 @@ def parts(width: int) -> tuple[int, int]:
     return low, triton.next_power_of_2(width - low)
 
 
-def rows_a_program(rows: int, many: int | None = None) -> int:
-    """One, or ``many`` (:data:`ROWS`): see :data:`MANY`."""
-    return (many or ROWS) if rows >= MANY else 1
+def rows_a_program(rows: int) -> int:
+    """One, or :data:`ROWS`: see :data:`MANY`."""
+    return ROWS if rows >= MANY else 1
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -330,7 +327,7 @@ def run_gelu_quantise(
     """x: (M, N). Returns (M, N) e4m3 and (M, 1), dense."""
     count, width = x.shape
     values, scales = _made(x)
-    block, rows = triton.next_power_of_2(width), rows_a_program(count, GELU_ROWS)
+    block, rows = triton.next_power_of_2(width), rows_a_program(count)
     if count:
         with on(x.device):
             gelu_quantise[(triton.cdiv(count, rows),)](
