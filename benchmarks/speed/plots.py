@@ -55,8 +55,8 @@ def _figures(command: str, rows: list[Row]) -> Iterator[tuple[str, Any]]:
         yield f"{slug}-times", _beside_peers(command, group, members)
         if any(f"{PARTS[0]} ms" in row.figures for row in members):
             yield f"{slug}-parts", _parts(group, members)
-    if any(row.moved for row in rows):
-        yield "roofline", _roofline(command, rows)
+        if any(row.moved for row in members):
+            yield f"{slug}-roofline", _roofline(command, group, members)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
@@ -114,7 +114,7 @@ def _parts(group: str, rows: list[Row]) -> Any:
     return figure
 
 
-def _roofline(command: str, rows: list[Row]) -> Any:
+def _roofline(command: str, group: str, rows: list[Row]) -> Any:
     """Rates against the peaks: by FLOPs a byte where there are FLOPs, else by bytes moved."""
     figure, axes = _axes(8, 5)
     points = [row for row in rows if row.tflops and row.moved]
@@ -142,7 +142,7 @@ def _roofline(command: str, rows: list[Row]) -> Any:
         axes.axhline(PEAK_TBS, color="black", linewidth=0.8, linestyle="--")
         axes.set_xlabel("GB that have to be moved")
         axes.set_ylabel("TB/s")
-    key = "\n".join(f"{n + 1}  {row.group}: {row.label}" for n, row in enumerate(points))
-    axes.text(1.02, 1.0, key, transform=axes.transAxes, fontsize=6, va="top")
-    axes.set_title(f"{command}: rates against the peaks")
+    key = "\n".join(f"{n + 1}  {row.label}" for n, row in enumerate(points))
+    axes.text(1.02, 1.0, key, transform=axes.transAxes, fontsize=7, va="top")
+    axes.set_title(f"{command}: {group}: rates against the peaks")
     return figure

@@ -154,7 +154,7 @@ def test_plots_are_png_files(tmp_path: Path) -> None:
     ]
     written = plots.draw("block", rows, str(tmp_path / "new"))
     assert [path.name for path in written] == [
-        "block-480p-times.png", "block-480p-parts.png", "block-roofline.png"
+        "block-480p-times.png", "block-480p-parts.png", "block-480p-roofline.png"
     ]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 
