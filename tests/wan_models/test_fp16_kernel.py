@@ -32,7 +32,7 @@ def test_it_fits_and_no_product_waits_for_another(size: int, masked: bool, tmp_p
     }
     types = {"q": tiles(64), "k": tiles(block), "v": tiles(block), "lengths": "*i64",
              "out": "*bf16"}
-    unaligned = ("q", "k", "v", "queries", "keys", "heads")
+    unaligned = ("q", "k", "v", "queries", "keys", "heads", "lengths_s")
     kernel = gluon_compiled(hopper.attention, types, constants, unaligned)
     text = kernel.asm["ptx"]
     assert f"wgmma.mma_async.sync.aligned.m64n{block}k16.f16.f16.f16" in text

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from wan_models.attention.contracts import VECTORS, bind, check_vectors
+from wan_models.attention.contracts import VECTORS, bind, check_vectors, dense
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
@@ -121,7 +121,7 @@ def reference(
     total = weights.sum(-1, keepdim=True)
     total = torch.where((counts > 0)[:, None, None, None], total, 1)  # zeros without a valid key
     made = torch.einsum("bhls,bshd->bhld", weights, v.float()) / total
-    return made.transpose(1, 2).contiguous()
+    return dense(made.transpose(1, 2))
 
 
 def obstacle(

@@ -194,9 +194,9 @@ def _produce(
         )
 
 
-@gluon.jit(do_not_specialize=["queries", "keys", "heads"])
+@gluon.jit(do_not_specialize=["queries", "keys", "heads", "lengths_s"])
 def attention(
-    q, k, v, lengths, out, out_b, out_t, out_h, heads, queries, keys,
+    q, k, v, lengths, lengths_s, out, out_b, out_t, out_h, heads, queries, keys,
     MASKED: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
@@ -205,7 +205,7 @@ def attention(
     batch, head = plane // heads, plane % heads
     count = keys
     if MASKED:
-        count = gl.minimum(gl.maximum(gl.load(lengths + batch).to(gl.int32), 0), keys)
+        count = gl.minimum(gl.maximum(gl.load(lengths + batch * lengths_s).to(gl.int32), 0), keys)
     blocks = gl.maximum((count + N - 1) // N, 1)
     q_tile = gl.allocate_shared_memory(gl.float16, [3, 1, 64, 1, D], q.layout)
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, 1, N, 1, D], k.layout)
@@ -262,8 +262,7 @@ def forward(
         with torch.cuda.device(q.device):
             attention[(triton.cdiv(queries, 3 * ROWS), batch * heads)](
                 _tiles(q, ROWS), _tiles(k, BLOCK), _tiles(v, BLOCK),
-                None if k_lens is None else k_lens.contiguous(), out,
-                *out.stride()[:3], heads, queries, keys,
+                k_lens, 0 if k_lens is None else k_lens.stride(0), out, *out.stride()[:3], heads, queries, keys,
                 MASKED=k_lens is not None, D=size, N=BLOCK, STAGES=STAGES, REGISTERS=REGISTERS,
                 num_warps=4,
             )
@@ -272,8 +271,6 @@ def forward(
 
 def _tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Tiles of ``rows`` tokens of one head of x (B, L, H, D)."""
-    if any(n > 1 and not stride for n, stride in zip(x.shape, x.stride(), strict=True)):
-        x = x.contiguous()  # an expanded dimension
     size = x.shape[-1]
     # The stride of a dimension of one element means nothing, but has to be a multiple of 16 bytes.
     strides = [

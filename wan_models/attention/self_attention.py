@@ -13,7 +13,6 @@ from wan_models.attention.kernels import attention, check_mode
 from wan_models.attention.norm_rope import fits, norm_rope
 from wan_models.attention.speakers import reference_map
 from wan_models.layers import WanRMSNorm
-from wan_models.quant.fused import rows_of
 from wan_models.quant.linear import QuantizedLinear
 from wan_models.quant.producers import State, all_take_rows
 from wan_models.quant.rows import QuantizedRows
@@ -68,13 +67,12 @@ class WanSelfAttention(QKVAttention):
         scale: bool = False, dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """What :func:`wan_models.attention.norm_rope.norm_rope` makes of the projection of x."""
-        if x.dtype != torch.bfloat16:  # the bare sums are of that type
-            return norm_rope(
-                projection(x), norm.weight, rope, norm.constant_eps(), scale, dtype
-            )
-        rows = x if isinstance(x, QuantizedRows) else rows_of(x)
-        sums, *rest = deferred(rows, *projection.operands(), projection.bias)
-        return norm_rope(sums, norm.weight, rope, norm.constant_eps(), scale, dtype, *rest)
+        weight, eps = norm.weight, norm.constant_eps()
+        # Sums are bf16, so they have the digits of a layer in bf16 alone.
+        if isinstance(x, QuantizedRows) and x.dtype == torch.bfloat16:
+            sums, *rest = deferred(x, *projection.operands(), projection.bias)
+            return norm_rope(sums, weight, rope, eps, scale, dtype, *rest)
+        return norm_rope(projection(x), weight, rope, eps, scale, dtype)
 
     def forward(
         self, x: State, rope: torch.Tensor, seq_lens: torch.Tensor | None = None
