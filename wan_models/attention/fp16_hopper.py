@@ -262,7 +262,8 @@ def forward(
         with torch.cuda.device(q.device):
             attention[(triton.cdiv(queries, 3 * ROWS), batch * heads)](
                 _tiles(q, ROWS), _tiles(k, BLOCK), _tiles(v, BLOCK),
-                k_lens, 0 if k_lens is None else k_lens.stride(0), out, *out.stride()[:3], heads, queries, keys,
+                k_lens, 0 if k_lens is None else k_lens.stride(0), out, *out.stride()[:3],
+                heads, queries, keys,
                 MASKED=k_lens is not None, D=size, N=BLOCK, STAGES=STAGES, REGISTERS=REGISTERS,
                 num_warps=4,
             )
