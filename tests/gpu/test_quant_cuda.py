@@ -31,6 +31,12 @@ BF16 = torch.bfloat16
 MANY = 8195
 
 
+@pytest.fixture(autouse=True)
+def other_numbers() -> None:
+    """Than :func:`outliers` draws: a weight equal to its activations makes sums of one sign."""
+    torch.manual_seed(1)
+
+
 def outliers(*shape: int, seed: int = 0) -> torch.Tensor:
     x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
     x[..., ::97] *= 30
