@@ -31,11 +31,11 @@ def norm_rope(
             L' on are not turned.
         eps: of the norm.
         scale: multiply by log2(e) / sqrt(D), as queries of :mod:`wan_models.attention.fp16` are.
-        row_scale, column_scale, bias: where x is the sums of a
-            :class:`wan_models.quant.rows.Deferred` product, the rest of it.
         dtype: of the result, if it is not that of x; the numbers are rounded to that of x all the
             same: the zeros at the end of a bf16 number save a product in fp16 power and so time.
             What does not fit fp16 is NaN there.
+        row_scale, column_scale, bias: where x is the sums of a
+            :class:`wan_models.quant.rows.Deferred` product, the rest of it.
 
     Returns:
         (B, L, H, D) dense.
