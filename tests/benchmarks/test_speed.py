@@ -283,6 +283,27 @@ def test_a_deadline_leaves_the_least_rounds() -> None:
     assert len(samples[0].milliseconds) == clock.LEAST_ROUNDS
 
 
+def test_a_row_is_timed_after_calls_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = []
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self) -> None:
+            log.append("|")
+
+        def elapsed_time(self, _: object) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = [lambda: log.append("a"), lambda: log.append("b")]
+    samples = [clock.Samples(), clock.Samples()]
+    assert clock._timed_on_gpu(calls, samples, torch.empty(1), 2) == [1.5, 1.5]
+    assert "".join(log) == "aa|a|bb|b|"
+
+
+
 def test_preparing_ends_in_time() -> None:
     with pytest.raises(TimeoutError, match="not ready"), within(0.05):
         time.sleep(5)
