@@ -210,6 +210,7 @@ def content(
         "peaks": {"tflops": PEAK_TFLOPS, "tbs": PEAK_TBS},
         "smoke": settings.smoke,
         "rounds": settings.rounds,
+        "lead": settings.lead,
         "clocks": clocks,
         "rows": [row.as_dict() for row in rows],
         "bars": [

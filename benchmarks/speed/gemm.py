@@ -34,26 +34,13 @@ from benchmarks.speed.rows import Group, Prepared, Row, Shared, Task, Unavailabl
 from benchmarks.speed.sizes import SIZES, SMOKE, linear_shapes
 from wan_models.quant import RECIPES, quantized
 from wan_models.quant.fused import quantise_rows
-from wan_models.quant.rows_linear import bare_product
+from wan_models.quant.rows import Deferred, QuantizedRows
+from wan_models.quant.rows_linear import deferred
 
 E4M3 = torch.float8_e4m3fn
 _LIMIT, _TINY = 448.0, 1e-12
 _CHECKED_ROWS = 512
 Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Deferred(NamedTuple):
-    """Bare sums of a product, (M, N), and what its consumer applies to them as it reads them."""
-
-    sums: torch.Tensor
-    row_scale: torch.Tensor
-    column_scale: torch.Tensor
-    bias: torch.Tensor
-
-    def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Some rows as the consumer sees them, fp32."""
-        scaled = self.sums[rows].float() * self.row_scale[rows] * self.column_scale
-        return scaled + self.bias.float()
 
 
 class Operands(NamedTuple):
@@ -147,11 +134,18 @@ def _prepared(operands: Operands, prepare: Callable[[Operands], Callable]) -> Pr
         results = {}
         for kind in operands.x:
             made, rows, want = product(kind)(), operands.rows, operands.wanted(kind)
-            got = made.of_rows(rows) if isinstance(made, Deferred) else made[rows]
+            got = some(made, rows)
             results[kind] = {"cosine": cosine(got, want), "relative L1": relative_l1(got, want)}
         return worst(results)
 
     return Prepared(product(GAUSSIAN), accuracy)
+
+
+def some(made: torch.Tensor | Deferred, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of a product; of a deferred one, as its consumer sees them."""
+    if isinstance(made, Deferred):
+        return made._replace(sums=made.sums[rows], row_scale=made.row_scale[rows]).wide()
+    return made[rows]
 
 
 # -- formulas ------------------------------------------------------------------------------------
@@ -249,19 +243,13 @@ def _deferring(o: Operands, *, counted: bool) -> Callable[[str], Any]:
     weight, scale = by_row(o.linear.weight)
     column_scale = scale.flatten()
 
-    def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantised(x: torch.Tensor) -> QuantizedRows:
         values, row_scale = quantise_rows(x[None])
-        return values[0], row_scale[0]
+        return QuantizedRows(values[0], row_scale[0], x.dtype)
 
     def of(kind: str) -> Any:
         made = None if counted else quantised(o.x[kind])
-
-        def product() -> Deferred:
-            values, row_scale = made or quantised(o.x[kind])
-            sums = bare_product(values, weight)
-            return Deferred(sums, row_scale, column_scale, o.linear.bias)
-
-        return product
+        return lambda: deferred(made or quantised(o.x[kind]), weight, column_scale, o.linear.bias)
 
     return of
 

@@ -10,10 +10,11 @@ import torch
 from torch.library import opcheck
 
 import contig_pass
+from tests.gpu.attention_operands import BF16, CUDA, operands, poisoned, require
 from tests.wan_models import attention_cases as cases
 from tests.wan_models.attention_cases import exact, relative_error
 from wan_models.attention import fp16, packages, radial, sdpa
-from wan_models.attention.kernels import MODES, attention, check_mode
+from wan_models.attention.kernels import MODES, attention
 from wan_models.attention.norm_rope import norm_rope
 from wan_models.attention.radial import RadialPattern
 from wan_models.attention.varlen import pack
@@ -23,7 +24,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 DENSE_MODES = tuple(mode for mode in MODES if mode != "radial")
 #: Relative error to float64 of random normal bf16 inputs. 16-bit kernels round the weights and the
 #: result to bf16 (2^-9 each); measured on an H100: int8 scores with FP8 weights 0.039, all FP8
@@ -38,33 +38,6 @@ TOLERANCE = 0.01
 
 def tolerance(mode: str) -> float:
     return TOLERANCES.get(mode, TOLERANCE)
-
-
-def require(mode: str, dtype: torch.dtype = BF16, head_dim: int = 128) -> None:
-    try:
-        check_mode(mode, CUDA, dtype=dtype, head_dim=head_dim)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-
-
-def operands(
-    queries: int, keys: int, *, size: int = 128, heads: int = 3, batch: int = 2,
-    dtype: torch.dtype = BF16,
-) -> list[torch.Tensor]:
-    torch.manual_seed(0)
-    shapes = [(batch, n, heads, size) for n in (queries, keys, keys)]
-    return [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
-
-
-def poisoned(call: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """The result of ``call`` where the allocator hands out memory full of NaN: an element that a
-    kernel does not write is seen."""
-    poison = [torch.full_like(like, torch.nan) for _ in range(4)]
-    torch.cuda.synchronize()
-    del poison
-    out = call()
-    torch.cuda.synchronize()
-    return out
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -313,105 +286,6 @@ def test_fp8_from_projections(tokens, heads, lengths, size):
     assert relative_error(outs[0], by_steps.double()) < 0.05
     expected = exact(*turned(torch.float32), split[2], lens)
     assert relative_error(outs[0], expected) < tolerance("fp8")
-
-
-#: Around the 64 queries of a consumer, the 192 of a program and the 128 keys of a block.
-FP16_SHAPES = [
-    (1, 1), (63, 127), (64, 128), (65, 129), (127, 255), (128, 256), (129, 257), (191, 384),
-    (192, 385), (193, 2), (385, 641), (1000, 4095),
-]
-
-
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize(("queries", "keys"), FP16_SHAPES)
-def test_fp16_at_any_length_and_the_same_each_time(queries, keys, dtype, size):
-    require("fp16", dtype, size)
-    q, k, v = operands(queries, keys, size=size, dtype=dtype)
-    outs = [poisoned(lambda: attention(q, k, v, mode="fp16"), q) for _ in range(4)]
-    assert relative_error(outs[0], exact(q, k, v)) < 0.005
-    assert all(torch.equal(outs[0], out) for out in outs[1:])
-
-
-@pytest.mark.parametrize("size", [64, 128])
-def test_fp16_of_sharp_scores(size):
-    """Off by what rounding q and k to bf16 costs."""
-    require("fp16", head_dim=size)
-    parts = operands(200, 2000, size=size, dtype=torch.float32)
-    q, k, v = 4 * parts[0], 4 * parts[1], parts[2]
-    expected, narrow = exact(q, k, v), [x.to(BF16) for x in (q, k, v)]
-    rounding = relative_error(exact(*narrow), expected)
-    out = poisoned(lambda: attention(*narrow, mode="fp16"), narrow[0])
-    assert relative_error(out, expected) < 2 * rounding
-
-
-@pytest.mark.parametrize("which", [1, 2], ids=["k", "v"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("lengths", [(300, 129), (128, 1), (300, 0)])
-def test_fp16_does_not_see_padding(which, value, lengths):
-    require("fp16")
-    parts = operands(300, 300)
-    lens = torch.tensor(lengths, device="cuda")
-    expected = poisoned(lambda: attention(*parts, mode="fp16", k_lens=lens), parts[0])
-    assert relative_error(expected, exact(*parts, lens).nan_to_num(0)) < 0.005
-    for b, length in enumerate(lengths):
-        parts[which][b, length:] = value
-    out = poisoned(lambda: attention(*parts, mode="fp16", k_lens=lens), parts[0])
-    assert torch.equal(out, expected)
-
-
-def test_fp16_reads_lengths_at_any_stride():
-    require("fp16")
-    q, k, v = operands(130, 260)
-    lens = torch.tensor([[260, 3], [100, 7]], device="cuda")[:, 0]
-    out = attention(q, k, v, mode="fp16", k_lens=lens)
-    assert torch.equal(out, attention(q, k, v, mode="fp16", k_lens=lens.clone().contiguous()))
-
-
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_fp16_sees_what_is_not_finite(which):
-    require("fp16")
-    parts = operands(200, 300, batch=1)
-    expected = attention(*parts, mode="fp16")
-    parts[which][0, 140, 1, 7] = 7e4 if which == 2 else torch.nan
-    reached = torch.zeros_like(expected, dtype=torch.bool)
-    reached[0][((140, 1), (slice(None), 1), (slice(None), 1, 7))[which]] = True
-    out = attention(*parts, mode="fp16")
-    assert torch.equal(~out.isfinite(), reached)
-    assert torch.equal(out[~reached], expected[~reached])
-
-
-@pytest.mark.parametrize("size", [64, 128])
-def test_fp16_takes_strides_that_descriptors_do_not(size):
-    """Expanded dimensions, and those of one element, whose stride may be anything."""
-    require("fp16", head_dim=size)
-    q, k, v = operands(130, 260, size=size, heads=3, dtype=torch.float16)
-    op = torch.ops.wan_models.fp16_attention
-    for x in (k[:1].expand(2, -1, -1, -1), k[:, :, :1].expand(-1, -1, 3, -1),
-              k[:, :1].expand(-1, 260, -1, -1)):
-        assert torch.equal(op(q, x, x, None, BF16), op(q, *[x.contiguous()] * 2, None, BF16))
-    one = [x[:1, :, :1].contiguous() for x in (q, k, v)]
-    odd = [x.as_strided(x.shape, (3, size, 5, 1)) for x in one]
-    assert torch.equal(op(*odd, None, BF16), op(*one, None, BF16))
-
-
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("tokens", [60, 2000])
-def test_fp16_from_quantised_rows(tokens, size):
-    """The layer's own q, k and v in fp16, against exact attention on what the steps make."""
-    from wan_models import quantize_
-    from wan_models.attention import WanSelfAttention
-    from wan_models.quant.fused import rows_of
-
-    require("fp16", head_dim=size)
-    torch.manual_seed(0)
-    attn = WanSelfAttention(6 * size, 6, mode="fp16").to(CUDA, BF16).requires_grad_(False)
-    quantize_(attn, "fp8_e4m3fn_rowwise_fast")
-    attn.o = torch.nn.Identity()
-    rows = rows_of(torch.randn(2, tokens, 6 * size, device="cuda", dtype=BF16))
-    table = rope_table_1d(torch.arange(tokens - 3, device="cuda"), size)
-    out = attn(rows, table)
-    assert relative_error(out, exact(*attn.project(rows, table)).flatten(2)) < 0.006
 
 
 @pytest.mark.parametrize("mode", ["auto", "auto_fp8"])

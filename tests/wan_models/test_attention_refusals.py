@@ -41,7 +41,7 @@ MISSING = {
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No attention package installed, whatever this machine has."""
-    monkeypatch.setattr(packages, "_present", lambda module: False)
+    monkeypatch.setattr(packages, "present", lambda module: False)
     return monkeypatch
 
 
@@ -115,9 +115,9 @@ def test_a_package_without_the_entry_point_is_named(monkeypatch):
 def test_the_forward_only_wheel_stands_in_for_flash_3(monkeypatch):
     module = cases.flash_attn_interface(returns_tuple=False)
     module.__name__, module.__version__ = "fa3_fwd_interface", "0.0.3"
-    present = packages._present
+    present = packages.present
     monkeypatch.setattr(
-        packages, "_present", lambda name: name != "flash_attn_interface" and present(name)
+        packages, "present", lambda name: name != "flash_attn_interface" and present(name)
     )
     cases.install(monkeypatch, module)
     cases.pretend(monkeypatch, (9, 0))

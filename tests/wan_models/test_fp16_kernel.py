@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.wan_models.triton_kernels import gluon_compiled, needs_triton
-from wan_models.attention import fp16
 
 
 @needs_triton
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", fp16.HEAD_DIMS)
+@pytest.mark.parametrize("size", [64, 128])
 def test_it_fits_and_no_product_waits_for_another(size: int, masked: bool, tmp_path: Path) -> None:
     """Scores are fp16 sums, nothing is spilled, and the assembler does not serialise products."""
     from triton import knobs

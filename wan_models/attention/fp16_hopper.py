@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from wan_models.attention.hopper_pairs import halves, pairwise
+from wan_models.attention.hopper_parts import halves, pairwise, ring
 
 #: Queries of one consumer; a program has three.
 ROWS = 64
@@ -211,18 +211,10 @@ def attention(
     q_tile = gl.allocate_shared_memory(gl.float16, [3, 1, 64, 1, D], q.layout)
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, 1, N, 1, D], k.layout)
     v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, 1, N, 1, D], v.layout)
-    F: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], F)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=3)
-        mbarrier.init(v_free.index(i), count=3)
+    k_ready, k_free = ring(STAGES, 3)
+    v_ready, v_free = ring(STAGES, 3)
     fence_async_shared()
     out += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
     first = block * 192

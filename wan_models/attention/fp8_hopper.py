@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from wan_models.attention.fp8_arithmetic import TOP_CODE
-from wan_models.attention.hopper_pairs import halves, pairwise
+from wan_models.attention.hopper_parts import halves, pairwise, ring
 
 #: Queries of one consumer; a program has two.
 ROWS = 64
@@ -197,18 +197,10 @@ def attention(
     q_tile = gl.allocate_shared_memory(gl.float8e4nv, [2, 64, D], q.layout)
     k_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, N, D], k.layout)
     v_tiles = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, N], v.layout)
-    F: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], F)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], F)
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_free.index(i), count=2)
+    k_ready, k_free = ring(STAGES, 2)
+    v_ready, v_free = ring(STAGES, 2)
     fence_async_shared()
     wide = plane.to(gl.int64)
     q_scales += wide * q_padded

@@ -77,7 +77,7 @@ def machine_problem(
     if mode == "fp8":
         return fp8.obstacle(sm, kind, triton)
     if mode == "fp16":
-        return fp16.obstacle(sm, kind, dtype, triton and _has("triton.experimental.gluon.nvidia"))
+        return fp16.obstacle(sm, kind, dtype, triton and packages.present(fp16.NEEDS))
     return block_sparse.obstacle(sm, kind, dtype, triton)
 
 
@@ -90,14 +90,6 @@ def head_dim_problem(mode: str, head_dim: int) -> str:
     else:
         return ""
     return "" if fits(head_dim) else f"head dimension {words} needed, got {head_dim}"
-
-
-def _has(module: str) -> bool:
-    """Whether a module is there; its packages are imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def _is_64_or_128(head_dim: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from contig_pass import AlignedPointer, Dense, UnitStrideLast
 from wan_models.attention.contracts import bind, check_unit_stride, dense
 from wan_models.attention.fp16 import narrowed, score_factor
-from wan_models.quant.rows import Deferred
+from wan_models.quant.fused import scaled
 from wan_models.rope import apply_rope
 
 
@@ -47,9 +47,7 @@ def norm_rope(
         return norm_rope_triton.run(
             x, weight, rope, eps, scale, dtype, row_scale, column_scale, bias
         )
-    wide = x.float()
-    if row_scale is not None:
-        wide = Deferred(x, row_scale, column_scale, bias).wide()
+    wide = scaled(x, row_scale, column_scale, bias)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
     turned = apply_rope(normed.unflatten(-1, (-1, 2 * rope.shape[-1])), rope)
     if scale:

@@ -125,7 +125,7 @@ def obstacle(mode: str, kind: str, index: int | None, dtype: torch.dtype | None)
 
 def installed(mode: str) -> Package | None:
     """The first package of ``mode`` that is installed, whatever its version."""
-    return next((p for p in DEMANDS[mode].packages if _present(p.module)), None)
+    return next((p for p in DEMANDS[mode].packages if present(p.module)), None)
 
 
 def function(mode: str, name: str) -> Callable[..., object]:
@@ -164,7 +164,7 @@ def capability(kind: str, index: int | None) -> tuple[int, int] | None:
 
 def _package_problem(demand: Demand) -> str:
     wanted = " or ".join(f"{p.distribution} >= {p.minimum}" for p in demand.packages)
-    package = next((p for p in demand.packages if _present(p.module)), None)
+    package = next((p for p in demand.packages if present(p.module)), None)
     if package is None:
         return f"package {wanted} needed, not installed"
     try:
@@ -189,11 +189,12 @@ def _capability_problem(demand: Demand, kind: str, index: int | None) -> str:
     return ""
 
 
-def _present(module: str) -> bool:
+def present(module: str) -> bool:
+    """Whether a module is there."""
     if module in sys.modules:
         return True
     parent = module.rpartition(".")[0]
-    return (not parent or _present(parent)) and _findable(module)
+    return (not parent or present(parent)) and _findable(module)
 
 
 def _findable(module: str) -> bool:

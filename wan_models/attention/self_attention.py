@@ -85,23 +85,40 @@ class WanSelfAttention(QKVAttention):
         themselves within rounding. v is quantised before q and k are made, which then do not share
         the memory with v in 16 bits. In mode ``"fp16"`` on quantised rows q, k and v are made as
         its kernel takes them."""
-        fused = self._fused(x, rope, seq_lens)
-        if fused == "fp8":
-            v = fp8_values.run(self.v(x), 2 * rope.shape[-1], seq_lens)
+        if self._makes_fp16(x, rope, seq_lens):
+            return self.o(self._attend_fp16(x, rope).flatten(2))
+        v = self.v(x)
+        if self._fuses(v, rope, seq_lens):
+            v = fp8_values.run(v, 2 * rope.shape[-1], seq_lens)
             norms = self.norm_q.weight, self.norm_k.weight
             out = fp8_fused.attend(self.q(x), self.k(x), *v, *norms, rope, self._eps(), seq_lens)
-        elif fused == "fp16":
-            v = rows_linear(x, *self.v.operands(), self.v.bias, torch.float16)
-            half = torch.float16
-            q = self._turned_in_one_pass(self.norm_q, self.q, x, rope, True, half)
-            k = self._turned_in_one_pass(self.norm_k, self.k, x, rope, False, half)
-            out = fp16.fp16_attention(q, k, self.heads(v), None, x.dtype)
         else:
-            v = self.v(x)
             q = self._turned(self.norm_q, self.q, x, rope)
             k = self._turned(self.norm_k, self.k, x, rope)
             out = self.attend(q, k, self.heads(v), seq_lens)
         return self.o(out.flatten(2))
+
+    def _makes_fp16(
+        self, x: State, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
+    ) -> bool:
+        """Whether our 16-bit kernel is asked for, and q, k and v can be made as it takes them."""
+        if self.mode != "fp16" or rope is None or seq_lens is not None:
+            return False
+        if not isinstance(x, QuantizedRows) or not all_take_rows([self.v]):
+            return False
+        pairs = (self.norm_q, self.q), (self.norm_k, self.k)
+        if not all(self._in_one_pass(*pair, rope, x.shape[1]) for pair in pairs):
+            return False
+        check_mode(self.mode, x.device, dtype=x.dtype, head_dim=2 * rope.shape[-1])
+        return True
+
+    def _attend_fp16(self, x: QuantizedRows, rope: torch.Tensor) -> torch.Tensor:
+        """(B, L, H, D) of x (B, L, C), in its dtype."""
+        half = torch.float16
+        v = rows_linear(x, *self.v.operands(), self.v.bias, half)
+        q = self._turned_in_one_pass(self.norm_q, self.q, x, rope, True, half)
+        k = self._turned_in_one_pass(self.norm_k, self.k, x, rope, False, half)
+        return fp16.fp16_attention(q, k, self.heads(v), None, x.dtype)
 
     @torch.compiler.assume_constant_result
     def _eps(self) -> float | None:
@@ -109,37 +126,25 @@ class WanSelfAttention(QKVAttention):
         :class:`wan_models.layers.ConstantEps`."""
         return self.norm_q.eps if self.norm_q.eps == self.norm_k.eps else None
 
-    def _fused(
-        self, x: State, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
-    ) -> str:
-        """Which of our kernels is asked for where what stands before it is what it does; or ``""``.
-        """
-        if self.mode not in ("fp8", "auto_fp8", "fp16") or rope is None:
-            return ""
-        if not type(self.norm_q) is type(self.norm_k) is WanRMSNorm:
-            return ""
-        like = x.values.new_empty(x.shape, dtype=x.dtype) if isinstance(x, QuantizedRows) else x
-        heads = self.heads(like)  # what q, k and v will be like
+    def _fuses(
+        self, v: torch.Tensor, rope: torch.Tensor | None, seq_lens: torch.Tensor | None
+    ) -> bool:
+        """Whether our 8-bit kernel is asked for, and what stands before it is what it does.
+
+        v (B, L, C) shows what q and k will be."""
+        if self.mode not in ("fp8", "auto_fp8") or rope is None:
+            return False
+        heads = self.heads(v)
+        alike = type(self.norm_q) is type(self.norm_k) is WanRMSNorm
+        if not alike or self._eps() is None:
+            return False
         if heads.shape[-1] not in fp8_arithmetic.HEAD_DIMS or 2 * rope.shape[-1] != heads.shape[-1]:
-            return ""  # what is wrong, the kernel itself says
-        check_mode(self.mode, heads.device, dtype=heads.dtype, head_dim=heads.shape[-1])
-
-        kernel = auto.resolve(
-            self.mode, heads, heads, seq_lens, lambda name: self._tried(name, x, seq_lens)
-        )
-        if kernel == "fp8":
-            return kernel if self._eps() is not None else ""
-        rows = isinstance(x, QuantizedRows) and all_take_rows([self.v]) and seq_lens is None
-        turned = (
-            self._in_one_pass(norm, projection, rope, heads.shape[1])
-            for norm, projection in ((self.norm_q, self.q), (self.norm_k, self.k))
-        )
-        return kernel if kernel == "fp16" and rows and all(turned) else ""
-
-    def _tried(self, name: str, x: State, seq_lens: torch.Tensor | None) -> torch.Tensor:
-        """Attention of x (B, L, C) to itself in mode ``name``, to be timed."""
-        heads = self.heads(x.dequantised() if isinstance(x, QuantizedRows) else x)
-        return attention(heads, heads, heads, mode=name, k_lens=seq_lens)
+            return False  # what is wrong, the kernel itself says
+        check_mode(self.mode, v.device, dtype=v.dtype, head_dim=heads.shape[-1])
+        return auto.resolve(
+            self.mode, heads, heads, seq_lens,
+            lambda name: attention(heads, heads, heads, mode=name, k_lens=seq_lens),
+        ) == "fp8"
 
     def forward_ip(
         self,

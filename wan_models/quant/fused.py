@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from contig_pass import AlignedPointer, Dense, Rule, UnitStrideLast
 from wan_models.quant.binding import bind, check_unit_stride
 from wan_models.quant.recipes import E4M3
-from wan_models.quant.rows import QuantizedRows
+from wan_models.quant.rows import Deferred, QuantizedRows
 from wan_models.quant.rows import quantise_rows as formula
 
 Tensor = torch.Tensor
@@ -38,10 +38,9 @@ def norm_modulate(
 
 def scaled(x: Tensor, row_scale: Optional, column_scale: Optional, bias: Optional) -> Tensor:
     """A product in fp32; with its scales and bias if these are still to be applied."""
-    y = x.float()
     if row_scale is not None:
-        y = y * row_scale * column_scale
-    return y if bias is None else y + bias.float()
+        return Deferred(x, row_scale, column_scale, bias).wide()
+    return x.float() if bias is None else x.float() + bias.float()
 
 
 def rows_of(x: Tensor) -> QuantizedRows:
