@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wan_models import TINY, WanConfig, WanModel
+from wan_models.quant import quantize_
 
 NAMES = {
     torch.float64: "F64",
@@ -27,6 +28,20 @@ NAMES = {
     torch.uint8: "U8",
 }
 SMALL = replace(TINY, dim=128, ffn_dim=256, num_heads=1, text_dim=32, text_len=8)
+RECIPES = (
+    None,
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+    "fp8_e4m3fn_scaled",
+    "fp8_e4m3fn_scaled_fast",
+    "fp8_e4m3fn_dynamic_fast",
+    "fp8_e5m2_scaled_fast",
+    "fp4_experimental",
+    "fp4_scaled",
+    "fp4_scaled_fast",
+)
+#: The layer that files written here are about; not square, so that no mistake goes unseen.
+PATH = "blocks.1.ffn.0"
 
 
 def small_model(config: WanConfig = SMALL, dtype: torch.dtype = torch.bfloat16) -> WanModel:
@@ -41,6 +56,21 @@ def small_model(config: WanConfig = SMALL, dtype: torch.dtype = torch.bfloat16) 
 def empty_model(config: WanConfig = SMALL) -> WanModel:
     with torch.device("meta"):
         return WanModel(config).eval()
+
+
+def quantised_model(recipe: str | None, config=SMALL):
+    made = small_model(config)
+    if recipe is not None:
+        quantize_(made, recipe, ["time_embedding.*"])
+    return made
+
+
+def layer(made: nn.Module) -> nn.Module:
+    return made.get_submodule(PATH)
+
+
+def state(made: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in made.state_dict().items()}
 
 
 def raw(tensor: torch.Tensor) -> bytes:
